@@ -22,9 +22,9 @@ def describe_error(error: Exception) -> str:
     if sentence is not None:
         logger.warning("%s (%s)", sentence, error)
         return sentence
-    logger.error("a fault of this program", exc_info=error)
+    logger.error("an error in this program", exc_info=error)
     kind = type(error).__name__
-    return f"a fault of this program prevented it ({kind}, see the app's log); reload the page, then try again"
+    return f"an error in this program prevented it ({kind}, see the app's log); reload the page, then try again"
 
 
 def _of_the_computer(error: Exception) -> str | None:

@@ -33,15 +33,19 @@ def answer(comparison: Comparison, drawn: Mapping[Picture, Path]) -> tuple[str, 
     one, two = comparison.arms
     first, second = (one.title, two.title) if one.title != two.title else (one.name, two.name)
     if share.mean < _NEAR:
-        told = f"{first} and {second} draw nearly the same pictures here."
+        message = f"{first} and {second} draw nearly the same pictures here."
     elif share.mean < _ALIKE:
-        told = f"{first} and {second} draw alike pictures here, with differences to be seen."
+        message = f"{first} and {second} draw similar pictures here, with visible differences."
     else:
-        told = f"{first} and {second} draw clearly different pictures here."
-    sure = f", give or take {percent(share.margin or 0)}" if share.n > 1 else ", from one picture, which tells little"
-    return told, (
-        f"They differ from each other by {percent(share.mean)} of what they change in the base{sure}. Which one is "
-        "better is not in this figure: ask your eyes in the blind vote."
+        message = f"{first} and {second} draw clearly different pictures here."
+    sure = (
+        f", with an uncertainty of {percent(share.margin or 0)}"
+        if share.n > 1
+        else ", from one picture, which tells little"
+    )
+    return message, (
+        f"They differ from each other by {percent(share.mean)} of what they change in the base{sure}. "
+        "The blind vote tells which one you prefer."
     )
 
 

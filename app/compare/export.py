@@ -91,7 +91,7 @@ def _facts(comparison: Comparison) -> list[str]:
     precision = PRECISIONS[drawing.precision]
     name = base_name(drawing.base[1])
     loras = [f"{arm.title} {arm.name}: LoRA file SHA-256 {file_hash(arm.file)[:16]}" for arm in comparison.arms]
-    small = [told] if (told := enlarged(comparison)) else []
+    small = [message] if (message := enlarged(comparison)) else []
     return [f"Base: {name}, {drawing.resolution} pixels, {precision}, base's hash {drawing.identity}", *loras, *small]
 
 

@@ -35,8 +35,8 @@ def grid_page(comparison: Comparison, drawn: Mapping[Picture, Path], reference: 
     lines = "".join(_line(comparison, row, drawn, reference) for row in comparison.rows())
     widest = max(64, min(360, 5 * comparison.drawing.resolution))
     style = f"--columns: {columns}; --widest: {widest}px"
-    told = f'<p class="fl-label">{told}</p>' if (told := enlarged(comparison)) else ""
-    return f'<div class="fl-grid" style="{style}">{told}<div class="fl-line fl-heads">{heads}</div>{lines}</div>'
+    message = f'<p class="fl-label">{message}</p>' if (message := enlarged(comparison)) else ""
+    return f'<div class="fl-grid" style="{style}">{message}<div class="fl-line fl-heads">{heads}</div>{lines}</div>'
 
 
 def enlarged(comparison: Comparison) -> str:

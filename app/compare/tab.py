@@ -39,8 +39,8 @@ _POLL_SECONDS = 1.5
 _LOOKS = [("Pictures", PICTURES), ("Difference to the base", TO_BASE), ("LoRA against Flat-LoRA", BETWEEN)]
 _RESIZE = "(size) => document.documentElement.style.setProperty('--fl-size', size + 'px')"
 _ROWS = [("Prompts", BY_PROMPT), ("at several strengths", BY_STRENGTH), ("by checkpoint", BY_CHECKPOINT)]
-_ROWS_INFO = "A checkpoint is the LoRA on its way, so also the end that a run had before it was trained longer."
-_PRECISIONS = [("As the device likes", AUTOMATIC), *((name, value) for value, name in PRECISIONS.items())]
+_ROWS_INFO = "Checkpoints saved during the training, including the end of a run that was trained longer."
+_PRECISIONS = [("Default of the device", AUTOMATIC), *((name, value) for value, name in PRECISIONS.items())]
 
 
 @dataclass(frozen=True)
@@ -136,9 +136,7 @@ def _build_side_by_side(
                         label="Runs",
                         info="Finished runs of one base. The first column is always the base without a LoRA.",
                     )
-                    prompts = gr.Textbox(
-                        label="Prompts", info="What to draw, one picture a line.", lines=4, max_lines=8
-                    )
+                    prompts = gr.Textbox(label="Prompts", info="One prompt per line.", lines=4, max_lines=8)
                 with gr.Column(scale=2, min_width=280):
                     rows = gr.Radio(_ROWS, value=BY_PROMPT, label="Rows", info=_ROWS_INFO)
                     with gr.Column() as one_strength:
@@ -150,19 +148,17 @@ def _build_side_by_side(
                             info="0 is the base, 1 is as it was trained.",
                         )
                     strengths = gr.Textbox("0.5, 1, 1.5", label="LoRA strengths", info="From 0 to 1.5.", visible=False)
-                    seeds = gr.Textbox(
-                        "0", label="Seeds", info="Each number starts from other noise: one more picture each."
-                    )
+                    seeds = gr.Textbox("0", label="Seeds", info="One picture for each seed.")
             with gr.Accordion("More settings", open=False), gr.Row():
                 steps = gr.Slider(*STEPS, 25, step=1, label="Steps", info="More is finer and slower.")
                 guidance = gr.Slider(
                     *GUIDANCES, 5, step=0.5, label="Guidance", info="How closely the prompt is followed."
                 )
                 precision = gr.Dropdown(
-                    _PRECISIONS, value=AUTOMATIC, label="Precision", info="fp16 on a GPU and fp32 on a CPU by itself."
+                    _PRECISIONS, value=AUTOMATIC, label="Precision", info="Default: fp16 on a GPU, fp32 on a CPU."
                 )
                 goes_first = gr.Checkbox(
-                    False, label="Do not wait", info="A training that runs saves, makes way, and goes on afterwards."
+                    False, label="Do not wait", info="Pauses a running training, which is resumed afterwards."
                 )
         with gr.Column(scale=5, min_width=800):
             with gr.Row():
@@ -175,7 +171,7 @@ def _build_side_by_side(
                     _LOOKS,
                     value=PICTURES,
                     label="Show",
-                    info="In a difference black is equal; four times as bright.",
+                    info="Differences are amplified four times; black means equal.",
                     scale=3,
                 )
                 size = gr.Slider(

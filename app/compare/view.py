@@ -148,7 +148,7 @@ class CompareView:
             try:
                 picture, page = (save(comparison, drawn, reference, folder) for save in (save_grid, save_page))
             except OSError as error:
-                return Shown(answered, error_line(f"This cannot be kept as files to save: {describe_error(error)}"))
+                return Shown(answered, error_line(f"The files to save cannot be written: {describe_error(error)}"))
             return Shown(answered, "", picture, page)
         jobs = self._open_jobs(missing)
         if jobs:
@@ -181,7 +181,7 @@ class CompareView:
         tried = self.cache.jobs_for(missing)
         if tried and tried[-1].state == "failed":
             reason, log = why_failed(self.context, tried[-1])
-            return error_line(f"The last drawing failed: {reason}. Press Draw to try again.", log)
+            return error_line(f"The last job failed: {reason}. Press Draw to try again.", log)
         return status_line(f"{len(missing)} of {count} pictures are not drawn yet. Press Draw.")
 
 

@@ -33,7 +33,7 @@ def build_vote(
         first = gr.Dropdown([], label="One column", min_width=160)
         second = gr.Dropdown([], label="The other", min_width=160)
         question = gr.Radio(list(QUESTIONS), value=QUESTIONS[0], label="Question")
-        order = gr.Number(1, label="Order", info="Another number shuffles anew.", precision=0, min_width=120)
+        order = gr.Number(1, label="Order", info="Another number gives another order.", precision=0, min_width=120)
     start = gr.Button("Start", variant="primary", elem_id="fl-vote-start")
     status = gr.HTML("", css_template=STATUS_CSS)
     count = gr.HTML("", elem_id="fl-vote-count")

@@ -27,7 +27,7 @@ VOTE_CSS = read_static("empty.css", "vote.css")
 VOTE_KEYS = read_static("vote.js")
 
 BASE = "base"
-_FIXED = "Who may stop at any moment can stop at a lucky one, so the number of votes is fixed before the first."
+_FIXED = "The number of votes is fixed in advance, since stopping at a lucky moment would bias the result."
 NO_BALLOT = empty_page(
     "Vote without knowing which is which",
     "Draw the pictures side by side first, then choose two columns and press Start.",
@@ -121,12 +121,12 @@ class VoteView:
         count = tally(ballot.pairs, self._answers(ballot))
         pairs = len(ballot.pairs)
         if not is_over:
-            return note(f"This vote has {pairs} pairs, neither more nor fewer; count and verdict come after the last.")
+            return note(f"This vote has {pairs} pairs; the result follows after the last one.")
         numbers = f"{ballot.first}: {count.first} · {ballot.second}: {count.second} · ties: {count.ties}"
         if count.votes < pairs:
             return answer_card(f"No verdict: {count.votes} of {pairs} pairs were voted on.", f"{_FIXED} {numbers}")
-        told, sure = verdict(count, ballot.first, ballot.second)
-        return answer_card(told, f"{sure} {numbers}, after all {pairs} pairs, as was fixed before the first.")
+        message, sure = verdict(count, ballot.first, ballot.second)
+        return answer_card(message, f"{sure} {numbers}, after all {pairs} pairs, as fixed in advance.")
 
     def _told(self, ballot: Ballot, files: Mapping[Picture, Path]) -> str:
         answers = self._answers(ballot)
@@ -144,8 +144,13 @@ def _told_pair(pair: BlindPair, ballot: Ballot, answers: Mapping[str, Choice], f
         for side, picture, name in zip(("left", "right"), pair.sides, names, strict=True)
         if picture in files
     )
-    told = {"left": "you chose the left one", "right": "you chose the right one", "tie": "a tie", None: "not voted on"}
-    return f"<section><p>{escape(pair.label)}: {told[choice]}</p><div>{figures}</div></section>"
+    choices = {
+        "left": "you chose the left one",
+        "right": "you chose the right one",
+        "tie": "a tie",
+        None: "not voted on",
+    }
+    return f"<section><p>{escape(pair.label)}: {choices[choice]}</p><div>{figures}</div></section>"
 
 
 @lru_cache(maxsize=64)

@@ -23,7 +23,7 @@ def change_all(context: AppContext, session: str, how: str, text: str, by: str) 
             raise ConfigError("there are no images whose captions could be changed; drop some first")
         changed = changed_captions(present, how, text, by)
         context.uploads.save_captions(session, changed)
-    return note(f"{len(changed)} of {len(present)} captions changed; Undo takes it back")
+    return note(f"{len(changed)} of {len(present)} captions changed; Undo reverts this")
 
 
 def changed_captions(captions: Mapping[str, str], how: str, text: str, by: str) -> dict[str, str]:
@@ -35,7 +35,7 @@ def changed_captions(captions: Mapping[str, str], how: str, text: str, by: str) 
     Raises ConfigError without a text.
     """
     if not text.strip():
-        raise ConfigError("there is nothing to look for or to put in; write a text")
+        raise ConfigError("the text is empty; write a text to search for or to insert")
     made = {
         name: _changed(caption, how, text if how == REPLACE else text.strip(), by)
         for name, caption in captions.items()

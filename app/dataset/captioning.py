@@ -32,7 +32,7 @@ def caption_all(context: AppContext, session: str, trigger: str) -> str:
     """Write captions from file names and the trigger word, except over hand-written captions; report how many."""
     with show_errors():
         if not trigger.strip():
-            raise ConfigError("the trigger word is empty; take a word that means nothing else, such as TOK")
+            raise ConfigError("the trigger word is empty; enter a made-up word, such as TOK")
         names = context.uploads.names(session) if session else {}
         if not names:
             raise ConfigError("there are no images to caption; drop some first")
@@ -44,19 +44,19 @@ def caption_all(context: AppContext, session: str, trigger: str) -> str:
 
 
 def caption_by_model(
-    context: AppContext, session: str, name_or_path: str | None, trigger: str, told: Callable[[int, int], None]
+    context: AppContext, session: str, name_or_path: str | None, trigger: str, on_progress: Callable[[int, int], None]
 ) -> str:
     """Caption the images without a caption by a model, and report how many.
 
     Args:
-        told: called with the number of images done and in total.
+        on_progress: called with the number of images done and in total.
     """
     with show_errors():
         present = context.uploads.captions(session) if session else {}
         if not present:
             raise ConfigError("there are no images to caption; drop some first")
         if all(present.values()):
-            raise ConfigError("every image has a caption; press Empty all captions to have them written anew")
+            raise ConfigError("every image has a caption; press Empty all captions to write new ones")
         name = (name_or_path or "").strip()
         if not name:
             raise ConfigError("no captioning model is given; enter a folder or hub id, as the box says")
@@ -64,8 +64,8 @@ def caption_by_model(
         from flatlora_diffusion.evaluation.captioner import load_captioner  # imports transformers, which takes seconds
 
         captioner = load_captioner(name, trigger.strip())
-        count = fill_captions(context.uploads, session, captioner, told)
-    return note(f"{count} captions written by the model; read them, and correct what is wrong")
+        count = fill_captions(context.uploads, session, captioner, on_progress)
+    return note(f"{count} captions written by the model; check and correct them")
 
 
 def empty_captions(context: AppContext, session: str) -> None:

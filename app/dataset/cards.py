@@ -68,9 +68,9 @@ def card_functions(context: AppContext) -> list[Callable[[dict[str, Any]], dict[
         path = context.uploads.image(str(asked.get("session", "")), str(asked.get("image", "")))
         with _ONE_AT_A_TIME:
             picture = load_image(path)
-        told = f"{picture.width} x {picture.height} pixels"
+        message = f"{picture.width} x {picture.height} pixels"
         picture.thumbnail((_LARGE, _LARGE))
-        return {"picture": _data_url(picture), "message": told}
+        return {"picture": _data_url(picture), "message": message}
 
     return [save_card, remove_card, enlarge_card]
 

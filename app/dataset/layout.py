@@ -23,22 +23,22 @@ _NO_CAPTIONER = (
     "such as Salesforce/blip-image-captioning-base or florence-community/Florence-2-base, writes sentences; a tagger, "
     "such as SmilingWolf/wd-swinv2-tagger-v3, writes tags. Only images without a caption get one"
 )
-_LOOKING = "Looking for your images; the first time after a start takes some seconds."
+_LOOKING = "Loading your images; the first time takes some seconds."
 
 
 @dataclass(frozen=True)
 class Intake:
-    """Where images and captions come from. `taken`: how many images the last drop brought."""
+    """Where images and captions come from. `saved_count`: how many images the last drop brought."""
 
     drop: gr.File
-    samples: gr.Button
-    restore_removed: gr.Button
+    samples_button: gr.Button
+    restore_button: gr.Button
     trigger: gr.Textbox
-    from_names: gr.Button
+    from_names_button: gr.Button
     model: gr.Dropdown
-    by_model: gr.Button
-    empty: gr.Button
-    taken: gr.State
+    by_model_button: gr.Button
+    empty_button: gr.Button
+    saved_count: gr.State
 
 
 @dataclass(frozen=True)
@@ -46,10 +46,10 @@ class Pictures:
     """The cards of the images, and the questions before all images or all captions go."""
 
     count: gr.HTML
-    told: gr.HTML
+    message: gr.HTML
     filled: gr.Column
     cards: gr.HTML
-    remove_all: gr.Button
+    remove_all_button: gr.Button
     before_images: Confirmation
     before_captions: Confirmation
 
@@ -92,12 +92,12 @@ def build_intake(context: AppContext, form: ConfigForm) -> Intake:
     with gr.Accordion("How images are cropped and shown to the trainer", open=False):
         for name in PLACED_WITH_THE_IMAGES:
             form.by_name[name].render()
-    return Intake(drop, samples, restore_removed, trigger, from_names, model, by_model, empty, taken=gr.State(0))
+    return Intake(drop, samples, restore_removed, trigger, from_names, model, by_model, empty, saved_count=gr.State(0))
 
 
 def build_pictures(context: AppContext) -> tuple[Pictures, Bulk]:
     count = gr.HTML(note(_LOOKING), elem_id="caption-count", padding=False)
-    told = gr.HTML(padding=False)
+    message = gr.HTML(padding=False)
     with gr.Column(visible=False) as filled:
         bulk, remove_all = _build_bulk()
         questions = (
@@ -111,7 +111,7 @@ def build_pictures(context: AppContext) -> tuple[Pictures, Bulk]:
             server_functions=card_functions(context),
             elem_id="cards",
         )
-    return Pictures(count, told, filled, cards, remove_all, *questions), bulk
+    return Pictures(count, message, filled, cards, remove_all, *questions), bulk
 
 
 def _build_bulk() -> tuple[Bulk, gr.Button]:

@@ -62,11 +62,13 @@ def show(context: AppContext, thumbnails: Thumbnails, session: str, trigger: str
         return gr.skip(), note(html.escape(with_labels(str(error))), "fl-bad"), gr.skip(), back
     count = len(view.cards)
     shape = f"about {framed.size} x {framed.size}" if has_buckets else f"{framed.size} x {framed.size}"
-    told = f"<b>{count} images, captions {view.captioned}/{count}</b>, shown as trained on: {shape} pixels"
+    message = f"<b>{count} images, captions {view.captioned}/{count}</b>, shown as trained on: {shape} pixels"
     word = trigger.strip()
     if word and view.captioned and not any(has_trigger(card.caption, word) for card in view.cards):
-        told += f"<br>No caption has the trigger word {html.escape(word)}, so prompts with it will not call the style"
-    return cards_page(view, session), note(told), gr.Column(visible=True), back
+        message += (
+            f"<br>No caption has the trigger word {html.escape(word)}, so prompts with it will not call the style"
+        )
+    return cards_page(view, session), note(message), gr.Column(visible=True), back
 
 
 def upload(context: AppContext, session: str, files: Sequence[str] | None) -> tuple[str, None, str, int]:
@@ -95,12 +97,12 @@ def load_samples_icons(context: AppContext, session: str) -> tuple[str, str, int
     return session, _rejections(result), len(result.saved)
 
 
-def prefer_upload(taken: int, rejected: str, folder: str, dataset: str) -> tuple[Any, Any, Any]:
+def prefer_upload(saved_count: int, rejected: str, folder: str, dataset: str) -> tuple[Any, Any, Any]:
     """(message, image folder, dataset): clear the folder and dataset of the Train tab after an upload."""
-    if not taken or not (folder or dataset):
+    if not saved_count or not (folder or dataset):
         return gr.skip(), gr.skip(), gr.skip()
     text = "They will be trained on, in place of the image folder or data set that was set on the Train tab."
-    return rejected + note(f"<b>{taken} new images.</b> {text}"), "", ""
+    return rejected + note(f"<b>{saved_count} new images.</b> {text}"), "", ""
 
 
 @dataclass(frozen=True)
@@ -122,7 +124,7 @@ def build_dataset_tab(context: AppContext, form: ConfigForm, session: gr.Browser
     look = {
         "fn": partial(show, context, Thumbnails(context.uploads.folder / "thumbnails")),
         "inputs": [session, intake.trigger, *looked_at],
-        "outputs": [pictures.cards, pictures.count, pictures.filled, intake.restore_removed],
+        "outputs": [pictures.cards, pictures.count, pictures.filled, intake.restore_button],
         "show_progress": "hidden",
         "api_visibility": "private",
     }
@@ -153,28 +155,28 @@ def _connect_intake(tab: _Tab, form: ConfigForm) -> None:
     others = [form.by_name[name] for name in ("instance_data_dir", "dataset_name")]
     prefer: dict[str, Any] = {
         "fn": prefer_upload,
-        "inputs": [intake.taken, pictures.told, *others],
-        "outputs": [pictures.told, *others],
+        "inputs": [intake.saved_count, pictures.message, *others],
+        "outputs": [pictures.message, *others],
         "show_progress": "hidden",
         "api_visibility": "private",
     }
-    told = [pictures.told, intake.taken]
+    outputs = [pictures.message, intake.saved_count]
     intake.drop.upload(
-        partial(upload, context), [session, intake.drop], [session, intake.drop, *told], api_name="upload"
+        partial(upload, context), [session, intake.drop], [session, intake.drop, *outputs], api_name="upload"
     ).then(**tab.look).success(**prefer)
-    intake.samples.click(
-        partial(load_samples_icons, context), [session], [session, *told], api_name="load_samples"
+    intake.samples_button.click(
+        partial(load_samples_icons, context), [session], [session, *outputs], api_name="load_samples"
     ).success(**tab.look).success(**prefer)
-    intake.restore_removed.click(partial(restore_removed, context), [session], [pictures.told]).success(**tab.look)
+    intake.restore_button.click(partial(restore_removed, context), [session], [pictures.message]).success(**tab.look)
 
 
 def _connect_removal(tab: _Tab) -> None:
     """All images or all captions after a question; each image is removed on its card."""
     context, session, pictures = tab.context, tab.session, tab.pictures
     pictures.cards.submit(**tab.look)
-    confirm_before(pictures.remove_all, pictures.before_images)
-    confirm_before(tab.intake.empty, pictures.before_captions)
-    gone = pictures.before_images.yes.click(partial(remove_all, context), [session], [pictures.told])
+    confirm_before(pictures.remove_all_button, pictures.before_images)
+    confirm_before(tab.intake.empty_button, pictures.before_captions)
+    gone = pictures.before_images.yes.click(partial(remove_all, context), [session], [pictures.message])
     gone.then(**tab.look).then(**pictures.before_images.hidden)
     emptied = pictures.before_captions.yes.click(partial(empty_captions, context), [session], None)
     emptied.then(**tab.look).then(**pictures.before_captions.hidden)
@@ -186,12 +188,12 @@ def _connect_captions(tab: _Tab, form: ConfigForm, load: Any) -> None:
     The images are redrawn after an error too, since some captions may have changed before it.
     """
     context, session, intake, bulk = tab.context, tab.session, tab.intake, tab.bulk
-    told, look = [tab.pictures.told], tab.look
-    _afterwards(intake.from_names.click(partial(caption_all, context), [session, intake.trigger], told), look)
-    described = intake.by_model.click(
+    output, look = [tab.pictures.message], tab.look
+    _afterwards(intake.from_names_button.click(partial(caption_all, context), [session, intake.trigger], output), look)
+    described = intake.by_model_button.click(
         _captioning(context),
         [session, intake.model, intake.trigger],
-        told,
+        output,
         concurrency_limit=1,
         api_name="caption_by_model",
     )
@@ -212,8 +214,8 @@ def _connect_captions(tab: _Tab, form: ConfigForm, load: Any) -> None:
     tab.pictures.cards.input(partial(count_captions, context), [session], [tab.pictures.count], **saved)
     bulk.how.change(lambda how: gr.Textbox(visible=how == REPLACE), [bulk.how], [bulk.by], show_progress="hidden")
     changing: list[gr.components.Component] = [session, bulk.how, bulk.text, bulk.by]
-    _afterwards(bulk.change.click(partial(change_all, context), changing, told), look)
-    _afterwards(bulk.undo.click(partial(undo_captions, context), [session], told), look)
+    _afterwards(bulk.change.click(partial(change_all, context), changing, output), look)
+    _afterwards(bulk.undo.click(partial(undo_captions, context), [session], output), look)
 
 
 def _afterwards(event: Any, what: dict[str, Any]) -> None:

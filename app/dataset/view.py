@@ -110,13 +110,15 @@ def load_view(uploads: Uploads, thumbnails: Thumbnails, session: str, framed: Fr
     return DatasetView(cards)
 
 
-def fill_captions(uploads: Uploads, session: str, captioner: Captioner, told: Callable[[int, int], None]) -> int:
+def fill_captions(
+    uploads: Uploads, session: str, captioner: Captioner, on_progress: Callable[[int, int], None]
+) -> int:
     """Caption the images without a caption, and return how many.
 
     Each batch is saved, so that an interruption loses little.
 
     Args:
-        told: called with the number of images done and in total.
+        on_progress: called with the number of images done and in total.
     """
     captions = uploads.captions(session)
     bare = [path for path in uploads.images(session) if not captions[path.name]]
@@ -126,7 +128,7 @@ def fill_captions(uploads: Uploads, session: str, captioner: Captioner, told: Ca
         still_bare = {name for name, text in uploads.captions(session).items() if not text}  # as it is after the wait
         made = {path.name: text for path, text in zip(paths, texts, strict=True)}
         uploads.save_captions(session, {name: text for name, text in made.items() if name in still_bare}, first > 0)
-        told(first + len(paths), len(bare))
+        on_progress(first + len(paths), len(bare))
     return len(bare)
 
 

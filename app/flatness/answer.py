@@ -31,22 +31,21 @@ def answer(result: Mapping[str, Any]) -> tuple[str, str]:
     if statistics.mean(rises[plain]) <= 0:
         return (
             f"This measurement cannot tell which of {names[0]} and {names[1]} is flatter.",
-            f"Random changes have not made the loss of {names[0]} rise; measure thoroughly, with more of them.",
+            f"Random changes did not increase the loss of {names[0]}; choose the thorough measurement.",
         )
     share, margin = _relative(rises[plain], rises[flat])
     count = len(rises[plain])
-    rest = f"From {count} random changes that both were put through; 95 % interval. {_LIMITS}"
+    rest = f"From {count} random changes applied to both; 95 % interval. {_LIMITS}"
     if abs(share) <= margin:
         return (
-            f"{names[1]} and {names[0]} are equally sensitive to small changes, as far as this measurement can tell.",
-            f"The difference is {percent(share, True)}, give or take {percent(margin)}, so it may be none at all. "
-            f"{rest}",
+            f"{names[1]} and {names[0]} are equally sensitive to small changes within the measurement's uncertainty.",
+            f"The difference is {percent(share, True)}, with an uncertainty of {percent(margin)}, so there may be none. {rest}",
         )
     better, worse = (names[1], names[0]) if share < 0 else names
     less = abs(share) if share < 0 else share / (1 + share)
     return (
         f"{better} is less sensitive: a small change of its weights disturbs it {percent(less)} less than {worse}.",
-        f"Give or take {percent(margin)}. {rest}",
+        f"Uncertainty: {percent(margin)}. {rest}",
     )
 
 

@@ -148,8 +148,8 @@ class FlatnessView:
         figures = "".join(_figure(folder / name, drawn[name], text) for name, text in _CHARTS)
         page = folder / "surface.html"
         tables = escape((folder / "flatness.md").read_text(encoding="utf-8"), quote=False)
-        told = answer_card(*answer(read_json(file)))
-        return Result(f'{told}<div class="fl-charts">{figures}</div>', tables, page if page.is_file() else None)
+        message = answer_card(*answer(read_json(file)))
+        return Result(f'{message}<div class="fl-charts">{figures}</div>', tables, page if page.is_file() else None)
 
     def surface(self, job_id: int | None) -> str:
         """The surface to turn and zoom, in a frame whose scripts reach nothing of this page.

@@ -186,15 +186,15 @@ class JobQueue:
         return True
 
     def _run_until_closed(self) -> None:
-        told = ""
+        last_warning = ""
         while not self._closing.wait(_POLL_SECONDS):
             try:
                 self.tick()
-                told = ""
+                last_warning = ""
             except (OSError, sqlite3.OperationalError) as error:  # a full disk, a locked database: it may be over soon
-                if str(error) != told:
+                if str(error) != last_warning:
                     logger.warning("the queue cannot go on and tries again: %s", error)
-                told = str(error)
+                last_warning = str(error)
 
     def _add_trainings(
         self, named: Sequence[tuple[str, TrainConfig]], session: str, pair: str | None, ordered: TrainConfig

@@ -114,7 +114,7 @@ def logged_error(log: list[str]) -> str:
 def _go_on(files: RunFiles) -> str:
     if files.checkpoint is None:
         return "No checkpoint was saved, so start it again from a clone."
-    return f"Resume goes on from {files.checkpoint}."
+    return f"Resume continues from {files.checkpoint}."
 
 
 def _signal_name(number: int) -> str:

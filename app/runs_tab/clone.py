@@ -19,12 +19,12 @@ from ..runs.runs import Run
 
 @dataclass(frozen=True)
 class Clone:
-    """The start of a new run. `told`: sentences on its images and on differences to the original."""
+    """The start of a new run. `messages`: sentences on its images and on differences to the original."""
 
     name: str
     method: str
     settings: dict[str, Any]
-    told: tuple[str, ...]
+    messages: tuple[str, ...]
 
 
 def clone_run(context: AppContext, session: str, run_id: str) -> Clone:
@@ -39,14 +39,14 @@ def clone_run(context: AppContext, session: str, run_id: str) -> Clone:
         raise ConfigError(f"{run_id} was imported, not trained here, so there are no settings to clone")
     if method not in METHODS:
         raise ConfigError(f"{run_id} was trained by the method {method!r}, which this version does not have")
-    told, places = _images(context, session, run, settings)
+    messages, places = _images(context, session, run, settings)
     unknown = sorted(settings.keys() - known.keys())
     if unknown:
-        told.append(f"Different: this version has no {', '.join(unknown)}.")
+        messages.append(f"Different: this version has no {', '.join(unknown)}.")
     if settings.get("seed") is None:
-        told.append("Different: the run has no seed, so noise, crops and order are drawn anew.")
+        messages.append("Different: the run has no seed, so noise, crops and order will differ.")
     kept = {name: value for name, value in settings.items() if name in known}
-    return Clone(run.name, method, kept | places, tuple(told))
+    return Clone(run.name, method, kept | places, tuple(messages))
 
 
 def _images(
@@ -68,11 +68,11 @@ def _images(
             "those in the Dataset tab."
         )
         return [text], {"instance_data_dir": None}
-    told = [f"Its images are those in the folder {folder}, not those in the Dataset tab."]
+    messages = [f"Its images are those in the folder {folder}, not those in the Dataset tab."]
     gone, count = _changed(RunDir(run.folder), Path(folder))
     if gone:
-        told.append(f"Different: {gone} of the {count} images of the run are not in that folder any more.")
-    return told, {}
+        messages.append(f"Different: {gone} of the {count} images of the run are not in that folder any more.")
+    return messages, {}
 
 
 def _taken(context: AppContext, session: str, frozen: Path) -> str:

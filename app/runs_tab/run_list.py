@@ -23,7 +23,7 @@ from ..widgets.theme import COLOURS, NO_METHOD
 
 NEWEST, BY_NAME, BY_SCORE, BY_SIZE, GROUPED = "Newest first", "By name", "Best score first", "Largest first", "Grouped"
 ORDERS = (NEWEST, BY_NAME, BY_SCORE, BY_SIZE, GROUPED)
-NO_RUNS = empty_page("No runs yet", "What is trained on the Train tab, or imported below, is listed here.")
+NO_RUNS = empty_page("No runs yet", "Runs from the Train tab and imported LoRAs are listed here.")
 NONE_FOUND = empty_page("No run has these words", "Name, state, method, base and tags are searched; use fewer words.")
 _ARM_AND_SEED = re.compile(r"/[^/]+/seed-\d+$|[-/](flat-lora|lora|base)(-\d+)?$")
 RUNS_CSS = read_static("empty.css", "run_list.css")

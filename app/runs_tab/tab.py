@@ -137,7 +137,7 @@ def delete(context: AppContext, run_id: str | None) -> None:
     """Move the run into the trash."""
     with show_errors():
         context.runs.delete(run_id or "")
-    gr.Info("It is in the trash below, from where it can be brought back.")
+    gr.Info("Moved to the trash below, where it can be restored.")
 
 
 def undo(context: AppContext, key: str | None) -> Any:
@@ -152,7 +152,7 @@ def clone(context: AppContext, form: ConfigForm, session: str, run_id: str | Non
     session = ensure_session(context, session)
     with show_errors():
         made = clone_run(context, session, run_id or "")
-    lines = "<br>".join(map(escape, made.told))
+    lines = "<br>".join(map(escape, made.messages))
     text = note(f"<b>Like {escape(made.name)}.</b> Change what should be different, then start it.<br>{lines}")
     return [
         gr.Tabs(selected="train"),
@@ -239,7 +239,7 @@ def build_runs_tab(
     restored = trash.restore_button.click(partial(undo, context), [trash.entries], [chosen])
     restored.success(**private).success(**as_now)
     connect_trash(context, trash, lambda event: event.success(**private))
-    cloned = [tabs, session, train.name, train.method, train.told, *form.components]
+    cloned = [tabs, session, train.name, train.method, train.status, *form.components]
     parts.outputs["clone"].click(partial(clone, context, form), [session, chosen], cloned).success(
         **look_at_images
     ).success(**train.summary)

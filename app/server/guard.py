@@ -47,7 +47,7 @@ class Rejection:
     wait_seconds: int = 0
 
 
-_NO_ROOM = Rejection(413, "There are too many uploads that nothing was made of yet; wait some minutes and try again.")
+_NO_ROOM = Rejection(413, "Too many uploads are not processed yet; wait a few minutes and try again.")
 
 
 class Guard:
@@ -88,16 +88,16 @@ class Guard:
                 "with --allowed_host NAME.",
             )
         if not self._is_same_origin(hosts[0], headers) or not _is_own_fetch(scope, headers):
-            return Rejection(403, "Requests from the pages of others are refused.")
+            return Rejection(403, "Requests from other sites are rejected.")
         if self._is_logged_in is not None and not is_open(scope["path"]) and not self._is_logged_in(scope):
             return Rejection(401, "Log in first.")
         file = _FILE.search(scope["path"])
         if file is not None and not self._is_served(file[1]):
             return Rejection(403, "This file is not served.")
         if "transfer-encoding" in headers:
-            return Rejection(411, "A request has to say how long it is.")
+            return Rejection(411, "The request has no Content-Length.")
         if not is_upload(scope) and _length(headers) > _MAX_BODY_BYTES:
-            return Rejection(413, f"A request that is no upload may have {_MAX_BODY_BYTES // 2**20} MiB.")
+            return Rejection(413, f"A request other than an upload is limited to {_MAX_BODY_BYTES // 2**20} MiB.")
         return None
 
     def _is_same_origin(self, host: str, headers: Headers) -> bool:

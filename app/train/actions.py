@@ -52,7 +52,7 @@ def connect_actions(
 
     def on_cancel() -> None:
         count = context.queue.cancel_waiting()
-        gr.Info(f"{count} taken out of the queue.")
+        gr.Info(f"{count} canceled.")
 
     def stop_run(run_id: str) -> None:
         run_action(context, "", STOP, run_id)

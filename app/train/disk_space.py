@@ -17,15 +17,15 @@ def disk_estimate(context: AppContext, config: TrainConfig, images: int, arms: i
 
 def disk_line(disk: DiskEstimate) -> str:
     """HTML; red without enough room."""
-    told = f"disk: {_size(disk.needed)}, {_size(disk.free)} free"
-    return f"{told} (enough room)" if disk.is_enough else f'<b class="fl-bad">{told} (NOT ENOUGH ROOM)</b>'
+    message = f"disk: {_size(disk.needed)}, {_size(disk.free)} free"
+    return f"{message} (enough room)" if disk.is_enough else f'<b class="fl-bad">{message} (NOT ENOUGH ROOM)</b>'
 
 
 def disk_full_notice(disk: DiskEstimate) -> str:
     """The reason why a training was not started."""
     return note(
         f"<b>Not started.</b> It would write about {_size(disk.needed)}, and {_size(disk.free)} are free on the disk "
-        "with the runs. It fails at the first checkpoint that finds no room. Free some, or start it all the same.",
+        "with the runs. It fails at the first checkpoint that finds no room. Free some, or start it anyway.",
         "fl-bad",
     )
 

@@ -49,8 +49,8 @@ _PRESET_HINT = (
     "Low memory: small GPUs. Quality: longer, a larger LoRA, the average of two. "
     "Illustrious: its family, with captions of tags."
 )
-_COUNTING = '<div class="fl-card fl-faint">Counting what the training needs …</div>'
-_NO_LOSS = '<div class="fl-card fl-faint">No loss yet: the curve begins with the first steps of a training.</div>'
+_COUNTING = '<div class="fl-card fl-faint">Estimating the training …</div>'
+_NO_LOSS = '<div class="fl-card fl-faint">No loss yet: the curve starts with the first training steps.</div>'
 _SECONDS = 1.5
 
 
@@ -68,7 +68,7 @@ class TrainTab:
     compare: gr.Button
     name: gr.Textbox
     method: gr.Radio
-    told: gr.HTML
+    status: gr.HTML
     summary: dict[str, Any]
 
 
@@ -154,17 +154,22 @@ def build_train_tab(
             _place_first(form)
             _place_the_rest(form)
         with gr.Column(scale=3, min_width=300):
-            told = gr.HTML(_COUNTING, elem_id="summary", padding=False)
+            summary_card = gr.HTML(_COUNTING, elem_id="summary", padding=False)
             begin = gr.Button("Start training", variant="primary", elem_id="start")
             queued = gr.HTML(padding=False, elem_id="queued")
-            all_the_same = build_confirmation("start", "Start all the same", "Do not start", "primary")
+            all_the_same = build_confirmation("start", "Start anyway", "Do not start", "primary")
             shown, cancel, question = _build_progress()
     more.click(None, None, [more], js=_MORE_METHODS)
     remember_fields(load, "train", {"name": name, "method": method, "preset": preset, **form.by_name})
-    told_inputs = [session, method, *form.components]
-    tell = {"fn": partial(summary, context, form), "outputs": [told], "show_progress": "hidden", "api_name": "summary"}
+    summary_inputs = [session, method, *form.components]
+    tell = {
+        "fn": partial(summary, context, form),
+        "outputs": [summary_card],
+        "show_progress": "hidden",
+        "api_name": "summary",
+    }
     triggers = [method.change, *(item.change for item in form.components)]
-    gr.on(triggers, inputs=told_inputs, trigger_mode="always_last", **tell)
+    gr.on(triggers, inputs=summary_inputs, trigger_mode="always_last", **tell)
     filled = [method, *form.components]
     preset.input(partial(apply_preset, form), [preset, *filled], filled, show_progress="hidden")
     ordered = [session, name, method, *form.components]
@@ -184,12 +189,12 @@ def build_train_tab(
     timer = gr.Timer(_SECONDS, active=False)
     timer.tick(**skip_unchanged(watch, lambda: fingerprint_of(context, context.queue.recent_runs())), api_name="live")
     load(**watch, api_visibility="private")
-    session.change(inputs=told_inputs, **tell | {"api_visibility": "private"})
-    opened(inputs=told_inputs, **tell | {"api_visibility": "private"})
+    session.change(inputs=summary_inputs, **tell | {"api_visibility": "private"})
+    opened(inputs=summary_inputs, **tell | {"api_visibility": "private"})
     confirm_before(cancel, question)
     connect_actions(context, session, shown["cards"], question, watch)
     return TrainTab(
-        timer, shown["compare"], name, method, queued, {"inputs": told_inputs, **tell, "api_visibility": "private"}
+        timer, shown["compare"], name, method, queued, {"inputs": summary_inputs, **tell, "api_visibility": "private"}
     )
 
 
@@ -200,8 +205,8 @@ def _build_progress() -> tuple[dict[str, Any], gr.Button, Confirmation]:
     shown["cards"] = gr.HTML(NOTHING, css_template=CARDS_CSS, js_on_load=CARDS_SCRIPT, elem_id="live", padding=False)
     shown["compare"] = gr.Button("Next: compare", variant="primary", visible=False, elem_id="go-on")
     with gr.Column(visible=False) as shown["cancelling"]:
-        cancel = gr.Button("Cancel all that waits", variant="stop", size="sm", elem_id="cancel-all")
-        question = build_confirmation("cancel-all", "Yes, cancel all that waits", "No, let them wait")
+        cancel = gr.Button("Cancel all waiting jobs", variant="stop", size="sm", elem_id="cancel-all")
+        question = build_confirmation("cancel-all", "Yes, cancel all waiting jobs", "No, keep them")
     shown["no_loss"] = gr.HTML(_NO_LOSS, visible=False, padding=False)
     shown["curves"] = gr.HTML("", css_template=CHART_CSS, elem_id="loss", visible=False, padding=False)
     shown["samples"] = gr.HTML(
@@ -315,8 +320,8 @@ def _facts(context: AppContext, config: TrainConfig, captions: dict[str, str], a
         batch = config.optim.train_batch_size * config.optim.gradient_accumulation_steps
         lines[-1] += f"; each image is seen about {round(steps * batch / count)} times"
     time = estimate_time(config, count, context.runs) if count else None
-    told = f"about {duration(arms * time.seconds)}, as fast as {html.escape(time.run)}" if time else ""
-    lines.append(f"time: {told or 'unknown until the first run'}")
+    estimate = f"about {duration(arms * time.seconds)}, as fast as {html.escape(time.run)}" if time else ""
+    lines.append(f"time: {estimate or 'unknown until the first run'}")
     memory = memory_of(config)
     if memory is not None:
         lines.append(_memory_line(memory.total))

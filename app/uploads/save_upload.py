@@ -119,5 +119,5 @@ def words_in_name(name: str) -> str:
     """`alarm clock` for `alarm_clock-.png`, nothing for `IMG_2041.jpg`."""
     stem = name.rpartition(".")[0] or name
     words = re.sub(r"[\W_]+", " ", stem).split()
-    told = [letters for word in words if (letters := word.rstrip("0123456789"))]
-    return "" if _NO_WORDS.fullmatch(" ".join(told).lower()) else " ".join(words)
+    plain = [letters for word in words if (letters := word.rstrip("0123456789"))]
+    return "" if _NO_WORDS.fullmatch(" ".join(plain).lower()) else " ".join(words)

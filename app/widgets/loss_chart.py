@@ -32,11 +32,11 @@ def loss_chart(curves: Mapping[str, Curve], colours: Mapping[str, str], title: s
     for name, curve in drawn.items():
         path = " L".join(f"{x:.1f} {y:.1f}" for x, y in (place(*one) for one in curve))
         lines += f'<path style="stroke:{colours[name]}" d="M{path}"><title>{escape(name)}</title></path>'
-    told = "; ".join(f"{name}: {curve[-1][1]:.4f} after step {curve[-1][0]}" for name, curve in drawn.items())
+    message = "; ".join(f"{name}: {curve[-1][1]:.4f} after step {curve[-1][0]}" for name, curve in drawn.items())
     keys = "".join(f'<li><i style="background:{colours[name]}"></i>{escape(name)}</li>' for name in drawn)
     return (
         f'<figure class="fl-chart"><figcaption><b>{escape(title)}</b><p>{escape(text)}</p></figcaption>'
-        f'<svg viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" aria-label="Loss by step. {escape(told)}">'
+        f'<svg viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" aria-label="Loss by step. {escape(message)}">'
         f'{_grid(place, last, edges)}{lines}</svg><ul class="fl-keys">{keys}</ul></figure>'
     )
 

@@ -52,11 +52,11 @@ def percent(share: float, is_signed: bool = False) -> str:
     return f"{share:{'+' if is_signed else ''}.0%}"
 
 
-def answer_card(told: str, rest: str) -> str:
+def answer_card(message: str, rest: str) -> str:
     """The answer in large letters with its evidence below; empty without an answer."""
-    if not told:
+    if not message:
         return ""
-    return f'<div class="fl-answer"><p><b>{escape(told)}</b></p><p>{escape(rest)}</p></div>'
+    return f'<div class="fl-answer"><p><b>{escape(message)}</b></p><p>{escape(rest)}</p></div>'
 
 
 def note(text: str, tone: str = "") -> str:

@@ -28,11 +28,11 @@ _NOISE = re.compile(
 _STATES = {"queued": "waiting for its turn"}
 STOP, SAVE, RESUME, CANCEL, EARLIER = "stop", "save", "resume", "cancel", "earlier"
 _BUTTONS = {
-    STOP: ("Stop", "saves and ends after this step; it can be resumed"),
-    SAVE: ("Save now", "keeps a checkpoint and goes on"),
-    RESUME: ("Resume", "goes on from the last checkpoint"),
-    CANCEL: ("Cancel", "takes it out of the queue"),
-    EARLIER: ("Earlier", "lets it start before the one above it"),
+    STOP: ("Stop", "saves and ends after this step; can be resumed"),
+    SAVE: ("Save now", "saves a checkpoint and continues"),
+    RESUME: ("Resume", "continues from the last checkpoint"),
+    CANCEL: ("Cancel", "removes it from the queue"),
+    EARLIER: ("Earlier", "moves it up in the queue"),
 }
 _ASKED = (STOP, CANCEL)
 CARDS_CSS = read_static("run_cards.css")

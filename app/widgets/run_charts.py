@@ -15,8 +15,8 @@ from .sample_strip import sample_strips
 from .theme import NO_METHOD, SHADES
 
 _MAX_POINTS = 300
-_LOSS_TEXT = "How far the LoRA is off: it should fall, then level out."
-_PAIR_TEXT = "Both of a pair see the same images and noise, so their curves may lie on each other."
+_LOSS_TEXT = "The training loss should fall, then level out."
+_PAIR_TEXT = "Both runs of a pair see the same images and noise, so their curves may overlap."
 
 
 def loss_curves(context: AppContext, runs: list[Run]) -> gr.HTML:

@@ -31,8 +31,8 @@ def why_waiting(context: AppContext, job: Job) -> str:
     before = [one for one in context.queue.jobs("running", "queued") if one.position < job.position]
     trainings = [context.runs.get(one.run).name for one in before if one.run is not None]
     if trainings:
-        return f"Waits for the training {trainings[0]}; one job runs at a time."
-    return "Waits for another job; one runs at a time." if before else "Starting ..."
+        return f"Waiting for the training {trainings[0]}; one job runs at a time."
+    return "Waiting for another job; one runs at a time." if before else "Starting ..."
 
 
 def why_failed(context: AppContext, job: Job) -> tuple[str, list[str]]:

@@ -110,7 +110,7 @@ def test_a_run_on_a_folder_keeps_it_until_new_images_come(context: AppContext, i
     (run / "manifest.json").write_text(json.dumps([{"sha256": "0"}]))
     made = clone_run(context, context.uploads.new_session(), "cli")
     assert (made.name, made.method, made.settings["instance_data_dir"]) == ("cli", "lora", str(folder))
-    assert made.told == (
+    assert made.messages == (
         f"Its images are those in the folder {folder}, not those in the Dataset tab.",
         "Different: 1 of the 1 images of the run are not in that folder any more.",
     )
@@ -126,7 +126,10 @@ def test_a_run_on_a_folder_keeps_it_until_new_images_come(context: AppContext, i
     shutil.rmtree(folder)
     made = clone_run(context, context.uploads.new_session(), "cli")
     assert made.settings["instance_data_dir"] is None
-    assert "is not here, or is none that --data_dir allows, so its images are those in the Dataset tab" in made.told[0]
+    assert (
+        "is not here, or is none that --data_dir allows, so its images are those in the Dataset tab"
+        in made.messages[0]
+    )
 
 
 def test_what_cannot_be_the_same_is_told_and_is_no_html(context: AppContext) -> None:

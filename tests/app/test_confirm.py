@@ -16,7 +16,7 @@ from app.widgets.run_cards import CANCEL, EARLIER, RESUME, SAVE, STOP, action_bu
 ASKING = {
     "delete-run": "Delete",
     "delete-for-good": "Delete for good",
-    "cancel-all": "Cancel all that waits",
+    "cancel-all": "Cancel all waiting jobs",
     "stop-measuring": "Stop measuring",
     "end-vote": "End without a verdict",
     "remove-all": "Remove all images",

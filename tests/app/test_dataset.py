@@ -352,7 +352,7 @@ def test_all_captions_are_changed_at_once(how: str, text: str, by: str, changed:
 
 def test_a_change_of_all_captions_is_undone_at_once(context: AppContext, tmp_path: Path) -> None:
     session = session_of(context, tmp_path / "in", ("fox.png", (64, 64)), ("owl.png", (64, 64)))
-    with pytest.raises(gr.Error, match="nothing to look for"):
+    with pytest.raises(gr.Error, match="the text is empty"):
         change_all(context, session, REPLACE, " ", "x")
     assert "2 of 2 captions changed" in change_all(context, session, FRONT, "TOK", "")
     assert context.uploads.captions(session) == {"0001.png": "TOK fox", "0002.png": "TOK owl"}

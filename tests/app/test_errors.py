@@ -70,7 +70,7 @@ def call(page: gr.Blocks, event: BlockFunction) -> None:
         (raised(MemoryError()), "memory has run out"),
         (raised(ConfigError("rank=0 must be 1 or more")), "rank=0 must be 1 or more"),
         (raised(RunError("the loss is not finite")), "the loss is not finite"),
-        (raised(KeyError("/secret/place")), "a fault of this program prevented it (KeyError"),
+        (raised(KeyError("/secret/place")), "an error in this program prevented it (KeyError"),
     ],
 )
 def test_an_error_is_one_sentence_that_tells_no_place(fail: Callable[[], None], words: str) -> None:

@@ -123,22 +123,22 @@ def test_a_pair_is_measured_shown_and_found_again_after_a_restart(view: Flatness
         (
             (0.9, 1.1, 1.0, 1.02),
             "Flat-LoRA and LoRA are equally sensitive to small changes",
-            "+1%, give or",
+            "+1%, with an uncertainty",
         ),
         (
             (0.9, 1.1, 0.997, 0.997),
             "Flat-LoRA and LoRA are equally sensitive to small changes",
-            "is under 1%, give or",
+            "is under 1%, with an uncertainty",
         ),
         (
             (0.9961, 0.9962, 0.9961, 0.996),
             "Flat-LoRA is less sensitive: a small change of its weights disturbs it under 1% less",
-            "take under 1%.",
+            "Uncertainty: under 1%.",
         ),
         (
             (1.002, 1.0021, 1.002, 1.0021),
             "LoRA is less sensitive: a small change of its weights disturbs it under 1% less",
-            "take under 1%.",
+            "Uncertainty: under 1%.",
         ),
     ],
 )
@@ -181,7 +181,7 @@ def test_it_waits_its_turn_behind_a_job(view: FlatnessView) -> None:
     _, _, _, stop, known, told_of = refresh(view, None, [], None, "")
     assert stop == gr.update(visible=False)
     view.measure(PAIR, QUICK, "me")
-    assert "Waits for another job; one runs at a time." in view.status()
+    assert "Waiting for another job; one runs at a time." in view.status()
     runs, results, _, stop, known, told_of = refresh(view, known, PAIR, None, told_of)
     assert (runs, results, stop) == (gr.skip(), gr.skip(), gr.update(visible=True))
     assert refresh(view, known, PAIR, None, told_of)[:4] == (gr.skip(),) * 4  # left alone

@@ -132,7 +132,7 @@ def test_another_app_process_sees_the_run_and_stops_it_and_it_goes_on(
     assert subprocess.run(look, cwd=ROOT, text=True, capture_output=True, check=True).stdout == "running True\n"
     run = wait(runs, "long", ended)
     assert (run.state, run.exit_code, run.is_resumable) == ("stopped", 3, True)
-    assert run.advice == f"Resume goes on from {run.checkpoints[-1]}."
+    assert run.advice == f"Resume continues from {run.checkpoints[-1]}."
     assert not (run.folder / "stop").exists()
     runs.start(
         "long",
@@ -181,7 +181,7 @@ def test_a_killed_trainer_is_a_failed_run_that_can_be_resumed(runs: RunStore, se
     if sys.platform != "win32":
         assert run.exit_code == -9
         assert "killed, most often by the system because memory ran out" in run.advice
-    assert f"Resume goes on from {run.checkpoints[-1]}." in run.advice
+    assert f"Resume continues from {run.checkpoints[-1]}." in run.advice
     assert 0 < len(run.log) <= 40
     assert any("%|" in line for line in run.log)
     go_on(runs, "killed")
@@ -495,7 +495,7 @@ def test_a_run_that_was_stopped_in_its_members_goes_on_with_them(runs: RunStore,
     file.parent.mkdir(parents=True)
     file.touch()
     run = runs.get("run")
-    assert (run.state, run.is_resumable, run.advice) == ("stopped", True, "Resume goes on from its members.")
+    assert (run.state, run.is_resumable, run.advice) == ("stopped", True, "Resume continues from its members.")
 
 
 def test_a_run_that_was_stopped_in_its_folds_goes_on_with_them(runs: RunStore) -> None:
@@ -506,7 +506,7 @@ def test_a_run_that_was_stopped_in_its_folds_goes_on_with_them(runs: RunStore) -
     assert not runs.get("run").is_resumable
     (runs.folder / "run" / "holdout-fold-2" / "checkpoint-1").mkdir(parents=True)
     run = runs.get("run")
-    assert (run.state, run.is_resumable, run.advice) == ("stopped", True, "Resume goes on from its folds.")
+    assert (run.state, run.is_resumable, run.advice) == ("stopped", True, "Resume continues from its folds.")
     assert runs.resume_settings("run")["resume_from_checkpoint"] == "latest"
 
 

@@ -61,10 +61,10 @@ def test_a_full_disk_is_told_wherever_something_cannot_be_kept(
     page.button("Start training").click()
     expect(page.button("Do not start")).to_be_focused(timeout=PATIENCE)
     expect(page.page.locator("#queued")).to_contain_text("0 MiB are free on the disk with the runs")
-    page.button("Start all the same").click()
+    page.button("Start anyway").click()
     is_user_error()
     page.button("Do not start").click()
-    expect(page.button("Start all the same")).to_have_count(0)
+    expect(page.button("Start anyway")).to_have_count(0)
     assert list((app.runs / ".app" / "runs").glob("*")) == [], "no name is taken for ever"
     assert list((app.runs / ".app" / "uploads" / "frozen").glob("*")) == []
 

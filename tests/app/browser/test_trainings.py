@@ -48,7 +48,7 @@ def test_a_stopped_training_resumes_from_its_checkpoint(page: AppPage) -> None:
     card = page.wait_for_state("halves", "stopped")
     done = page.steps_done("halves")
     assert done < 60
-    expect(card).to_contain_text(f"Resume goes on from checkpoint-{done}.")
+    expect(card).to_contain_text(f"Resume continues from checkpoint-{done}.")
     page.button("Resume").click()
     page.wait_for_state("halves", "finished")
     assert page.steps_done("halves") == 60
@@ -64,6 +64,6 @@ def test_a_killed_training_is_shown_as_failed_with_its_log_and_what_to_do(page: 
     app.kill_trainers()
     card = page.wait_for_state("killed", "failed")
     expect(card).to_contain_text("The training was killed, most often by the system because memory ran out.")
-    expect(card).to_contain_text("use a smaller batch or resolution. Resume goes on from checkpoint-")
+    expect(card).to_contain_text("use a smaller batch or resolution. Resume continues from checkpoint-")
     expect(card.locator("pre")).not_to_be_empty()
     expect(page.button("Resume")).to_be_enabled()
