@@ -176,9 +176,7 @@ class TokenConfig(Section):
     """Pivotal tuning: new tokens with trained embeddings (textual inversion)."""
 
     token_abstraction: str = setting("TOK", "comma-separated words of the prompts to replace by new tokens")
-    num_new_tokens_per_abstraction: int = setting(
-        2, "number of new tokens per word of --token_abstraction", min=1, max=64
-    )
+    num_new_tokens_per_abstraction: int = setting(2, "number of new tokens per placeholder word", min=1, max=64)
     train_text_encoder_ti: bool = setting(False, "pivotal tuning: train new token embeddings with the LoRA")
     train_text_encoder_ti_frac: float = setting(
         0.5, "fraction of the steps that train the new token embeddings", min=0, max=1
