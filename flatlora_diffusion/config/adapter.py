@@ -40,7 +40,7 @@ _PACKAGE = "flatlora_diffusion.adapter"
 ADAPTERS: dict[str, AdapterSpec] = {
     "lora": AdapterSpec("lora"),
     "pissa": AdapterSpec(
-        "pissa (starts at the principal directions of W, saved as a LoRA of twice the rank, arXiv:2404.02948)",
+        "pissa (starts at principal directions of the weights, saved as a LoRA of twice the rank, arXiv:2404.02948)",
         defaults={"pissa_iterations": 4},
         start=f"{_PACKAGE}.svd_start:start_pissa",
         directions=1,
@@ -57,14 +57,14 @@ ADAPTERS: dict[str, AdapterSpec] = {
         has_nonzero_start=True,
     ),
     "adalora": AdapterSpec(
-        "adalora (starts with 1.5 times the rank and prunes the least important ranks of all layers to a mean of "
-        "--rank, arXiv:2303.10512)",
+        "adalora (starts with 1.5 times the rank and prunes the least important ranks of all layers to the given "
+        "mean rank, arXiv:2303.10512)",
         is_lora=False,
         is_linear_only=True,
         bytes_per_weight=12,
     ),
     "full": AdapterSpec(
-        "full (trains all weights of the selected layers, saves the merged pipeline and, by SVD, a LoRA of --rank)",
+        "full (trains all weights of the selected layers, saves the merged pipeline and a LoRA of its difference)",
         start=f"{_PACKAGE}.full:start_full",
         is_lora=False,
         is_linear_only=True,
@@ -176,9 +176,7 @@ class TokenConfig(Section):
     """Pivotal tuning: new tokens with trained embeddings (textual inversion)."""
 
     token_abstraction: str = setting("TOK", "comma-separated words of the prompts to replace by new tokens")
-    num_new_tokens_per_abstraction: int = setting(
-        2, "number of new tokens per word of --token_abstraction", min=1, max=64
-    )
+    num_new_tokens_per_abstraction: int = setting(2, "number of new tokens per placeholder word", min=1, max=64)
     train_text_encoder_ti: bool = setting(False, "pivotal tuning: train new token embeddings with the LoRA")
     train_text_encoder_ti_frac: float = setting(
         0.5, "fraction of the steps that train the new token embeddings", min=0, max=1

@@ -39,13 +39,15 @@ class DataConfig(Section):
         read_at_runtime=True,
         is_shared=True,
     )
-    dataset_config_name: str | None = setting(None, "configuration (subset) of --dataset_name", path_kind="part")
+    dataset_config_name: str | None = setting(
+        None, "configuration (subset) of the Hugging Face dataset", path_kind="part"
+    )
     cache_dir: str | None = setting(
         None, "cache folder of downloaded datasets", path_kind="written", free_on_resume=True
     )
     image_column: str = setting("image", "image column of the dataset")
     caption_column: str | None = setting(
-        None, "caption column of the dataset or of metadata.jsonl; default: all images use --instance_prompt"
+        None, "caption column of the dataset or of metadata.jsonl; default: all images use the instance prompt"
     )
     instance_prompt: str | None = setting(None, "prompt of images without a caption")
     holdout_images: int = setting(

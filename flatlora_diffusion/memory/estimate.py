@@ -168,7 +168,7 @@ def out_of_memory_text(config: TrainConfig) -> str:
     """Return the error message of a run out of device memory: the estimate and settings that reduce it."""
     estimate = estimate_memory(config)
     lines = [f"{switch} saves {in_gib(saving)}" for switch, saving in _savings(config, estimate)]
-    head = f"out of device memory; these settings need about {in_gib(estimate.total)}. "
+    head = f"the device is out of memory; these settings need about {in_gib(estimate.total)}. "
     if not lines:
         return head + "No setting reduces that; use a device with more memory, or stop other programs on this one"
     return head + "Settings that reduce it:\n" + "\n".join(f"- {line}" for line in lines)
