@@ -26,7 +26,7 @@ from flatlora_diffusion.memory.preflight import log_memory
 from flatlora_diffusion.sdxl.device import any_process, one_training, this_process
 from flatlora_diffusion.signals import Interrupted, describe_interruption, hold_signals
 from flatlora_diffusion.storage.hashing import DrawHash
-from flatlora_diffusion.storage.run_dir import RunDir
+from flatlora_diffusion.storage.run_dir import LORA_FILE, RunDir
 from flatlora_diffusion.storage.run_lock import lock_folder
 from flatlora_diffusion.training.checkpoint import load_best, restore_checkpoint, save_checkpoint, start_run
 from flatlora_diffusion.training.disk_space import check_disk_space
@@ -319,7 +319,8 @@ def _close_at_end(state: TrainState) -> Iterator[None]:
         with hold_signals() as signals:
             state.close()
     if signals:  # a comparison must not go on with its next run
-        raise Interrupted(signals[0], f"after the LoRA was saved in {state.run.folder}; nothing is missing")
+        lora = state.run.folder / LORA_FILE
+        raise Interrupted(signals[0], f"after the LoRA was saved in {lora}; nothing is missing")
 
 
 def _nothing_trained() -> str:

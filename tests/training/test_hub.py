@@ -144,8 +144,9 @@ def test_a_refused_upload_keeps_the_lora_and_names_a_command_that_works(tmp_path
     assert refused.returncode == 1
     assert files_in(run.folder) == before
     error = refused.stderr.splitlines()[-1]
-    assert error.startswith("error: the upload to my-icons failed: this login may not write there (403)")
-    assert f"The LoRA is finished and safe in {run.folder}" in error
+    assert error.startswith("error: the upload to my-icons failed: ")
+    assert "(403)" in error
+    assert str(run.folder) in error
     assert "Traceback" not in refused.stderr
     assert TOKEN not in refused.stderr
 
