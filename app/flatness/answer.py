@@ -39,8 +39,8 @@ def answer(result: Mapping[str, Any]) -> tuple[str, str]:
     if abs(share) <= margin:
         return (
             f"{names[1]} and {names[0]} are equally sensitive to small changes within the measurement's uncertainty.",
-            f"The difference is {percent(share, True)}, with an uncertainty of {percent(margin)}, so there may be none. "
-            f"{rest}",
+            f"The difference is {percent(share, True)}, with an uncertainty of {percent(margin)}, so there may "
+            f"be none. {rest}",
         )
     better, worse = (names[1], names[0]) if share < 0 else names
     less = abs(share) if share < 0 else share / (1 + share)
