@@ -183,7 +183,7 @@ def test_a_preset_puts_a_wrong_value_right_and_keeps_what_is_the_users(context: 
 def test_a_preset_of_another_method_chooses_it_and_the_next_preset_leaves_the_choice() -> None:
     form = ConfigForm()
     chosen, *filled = apply_preset(form, "Quality", BOTH, *form.write({}))
-    assert chosen == METHODS[preset_settings("Quality", {})["method"].title] != METHODS["flat-lora"].title
+    assert chosen == METHODS[preset_settings("Quality", {})["method"]].title != METHODS["flat-lora"].title
     for choice in (BOTH, PLAIN, METHODS["sam"].title):
         assert apply_preset(form, "Low memory", choice, *filled)[0] == choice
 

@@ -125,8 +125,8 @@ def test_bad_resolution(capsys: pytest.CaptureFixture[str], icons: Path, base: P
         ('{"prompt": "a", "negative_prompt": ["b"]}', "\"negative_prompt\" is ['b'], but must be a text"),
         ('{"prompt": "a", "seed": "1"}', "\"seed\" is '1', but must be a whole number"),
         ('{"prompt": "a", "seed": -1}', '"seed" is -1, but must be a whole number'),
-        ('{"seed": 1}', "prompts.jsonl line 2 must be like"),
-        ("prompt", "prompts.jsonl line 2 must be like"),
+        ('{"seed": 1}', "prompts.jsonl line 2"),
+        ("prompt", "prompts.jsonl line 2"),
         ("\udcff", "prompts.jsonl' cannot be read; give a UTF-8 text file"),
     ],
 )

@@ -77,9 +77,9 @@ def test_batches_have_the_embeddings_of_the_drawn_captions(config: TrainConfig) 
 
 
 def test_settings_that_mean_nothing_together_are_refused(config: TrainConfig) -> None:
-    with pytest.raises(ConfigError, match="--keep_tags keeps tags from"):
+    with pytest.raises(ConfigError, match=r"--keep_tags.*--shuffle_tags"):
         config.replace(keep_tags=1)
-    with pytest.raises(ConfigError, match="--cache_text_embeddings cannot cache captions that are drawn anew"):
+    with pytest.raises(ConfigError, match=r"--cache_text_embeddings.*--shuffle_tags"):
         config.replace(shuffle_tags=True, cache_text_embeddings=True)
 
 
