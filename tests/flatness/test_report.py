@@ -508,7 +508,11 @@ def test_runs_with_one_name_are_told_apart(make_run: Callable[..., Path], tmp_pa
 
 @pytest.mark.parametrize(
     ("settings", "message"),
-    [({"surface_points": 4}, "surface_points=4 .*5"), ({"sigmas": ()}, "sigmas is empty"), ({"radii": ()}, "radii is empty")],
+    [
+        ({"surface_points": 4}, "surface_points=4 .*5"),
+        ({"sigmas": ()}, "sigmas is empty"),
+        ({"radii": ()}, "radii is empty"),
+    ],
 )
 def test_settings_that_cannot_be_are_refused(settings: dict[str, object], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
