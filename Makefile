@@ -9,7 +9,7 @@ WORKERS := --numprocesses logical --maxprocesses 4 --dist loadfile --no-loadscop
 LONGER := base_weights dora low_precision paper_analysis placement quantized rivals saved_tensors
 CONTRACTS := tests/test_architecture.py tests/test_contributing.py tests/config tests/contracts tests/method \
 	$(LONGER:%=--ignore=tests/contracts/test_%.py)
-LINT := $(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
+LINT := $(BIN)/ruff check --no-cache . && $(BIN)/ruff format --check . && $(BIN)/mypy
 
 .PHONY: demo app check test test-long test-all durations docs firefox lock clean
 

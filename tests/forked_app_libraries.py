@@ -12,7 +12,7 @@ with tempfile.TemporaryDirectory() as folder:
     os.environ |= GRADIO_SETTINGS | {"GRADIO_TEMP_DIR": folder}
 
     import app.context
-    import app.doors.before_login
-    import app.doors.guard
-    import app.theme
-    import app.ui  # noqa: F401
+    import app.server.before_login
+    import app.server.guard
+    import app.ui
+    import app.widgets.theme  # noqa: F401

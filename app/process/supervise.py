@@ -1,4 +1,4 @@
-"""`python -m app.jobs.supervise FOLDER`: run the command of a launch, pass a stop on to it, and keep its exit code."""
+"""`python -m app.process.supervise FOLDER`: run the command of a launch, pass on a stop, keep its exit code."""
 
 from __future__ import annotations
 
