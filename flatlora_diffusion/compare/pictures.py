@@ -17,7 +17,7 @@ from flatlora_diffusion.storage.atomic_io import atomic_write, file_sha256
 from flatlora_diffusion.storage.hashing import base_fingerprint
 
 Key = tuple[str, int]  # prompt, seed
-_BATCH, _PIXELS = 8, 1024**2  # limits of a batch: a stop loses at most one, and it needs no more memory than SDXL's size
+_BATCH, _PIXELS = 8, 1024**2  # limits of a batch: a stop loses one, and it takes no more memory than one SDXL image
 
 
 class PictureGenerator:
