@@ -15,6 +15,7 @@ ROOT = Path(__file__).parents[1]
 VERBS = {
     "generate": commands.GenerateConfig,
     "compare": commands.CompareConfig,
+    "evidence": commands.EvidenceConfig,
     "flatness": commands.FlatnessConfig,
     "average": commands.AverageConfig,
     "merge": commands.MergeConfig,

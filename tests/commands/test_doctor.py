@@ -165,7 +165,7 @@ def test_a_port_that_is_taken(free_port: int) -> None:
         other.bind(("127.0.0.1", free_port))
         other.listen()
         found = said(doctor.port(free_port))
-    assert found[0] == "problem"
+    assert found[0] == "note"
     assert "another --port" in found[1]
 
 

@@ -57,13 +57,14 @@ def test_help_all_shows_every_flag_of_the_script_too(capsys: pytest.CaptureFixtu
 def test_comparisons_show_their_own_settings_and_where_their_result_goes(capsys: pytest.CaptureFixture[str]) -> None:
     shown = flags_in(helped(capsys, "compare", "--help"))
     assert set(flags_of(CompareConfig())) | {"output_dir", "instance_data_dir", "preset"} <= shown
-    for verb, folder, seeds in (("demo", "outputs/demo", 1), ("evidence", "evidence", 3)):
+    for verb, folder, seeds in (("demo", "outputs/demo", 1), ("evidence", "evidence", 1)):
         text = helped(capsys, verb, "--help")
         assert text.startswith(f"usage: flatlora {verb} ")
         assert {"output_dir", "num_seeds"} <= flags_in(text)
         said = " ".join(text.split())
         assert f"default: {folder})" in said
         assert f"default: {seeds})" in said
+    assert {"hours", "rehearse", "check", "gpu"} <= flags_in(helped(capsys, "evidence", "--help"))
 
 
 @pytest.mark.parametrize("verb", OF_VERBS)
