@@ -40,7 +40,7 @@ def free_port() -> int:
         return int(one.getsockname()[1])
 
 
-def test_a_line_each_and_the_exit_code_tells_of_problems(
+def test_each_check_prints_a_line_and_problems_set_the_exit_code(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, free_port: int
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -60,7 +60,7 @@ def test_a_line_each_and_the_exit_code_tells_of_problems(
     assert main(["doctor", "--config", "nowhere.json"]) == 2
 
 
-def test_python_is_compared_with_the_tested_one(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_python_is_compared_with_the_tested_version(monkeypatch: pytest.MonkeyPatch) -> None:
     mine = f"{sys.version_info[0]}.{sys.version_info[1]}"
     monkeypatch.setattr(doctor, "last_tested", lambda: {"python": mine})
     assert doctor.python().level == "ok"
@@ -69,7 +69,7 @@ def test_python_is_compared_with_the_tested_one(monkeypatch: pytest.MonkeyPatch)
     assert "last tested with 3.99" in doctor.python().fact
 
 
-def test_libraries_that_are_missing_out_of_range_or_others_than_tested(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_libraries_that_are_missing_out_of_range_or_untested_are_listed(monkeypatch: pytest.MonkeyPatch) -> None:
     have = {"peft": "0.21.2+local", "torch": "2.13.0+cpu", "transformers": "5.24.0", "huggingface_hub": "2.5.0"}
     asked = map(Requirement, ("peft>=0.20", "torch>=2.6", "transformers>=5.0,<5.24", "huggingface_hub", "scipy>=1.11"))
     monkeypatch.setattr(doctor, "required", lambda: list(asked))
@@ -99,7 +99,7 @@ def test_libraries_that_are_missing_out_of_range_or_others_than_tested(monkeypat
         ("12.6", True, "problem", "no GPU, though there is an NVIDIA driver: update the driver to one for CUDA 12.6"),
     ],
 )
-def test_a_gpu_that_torch_does_not_use(
+def test_a_gpu_that_torch_does_not_use_is_reported(
     monkeypatch: pytest.MonkeyPatch, cuda: str | None, has_driver: bool, level: str, sentence: str
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
@@ -111,7 +111,7 @@ def test_a_gpu_that_torch_does_not_use(
     assert sentence in found[1]
 
 
-def test_each_gpu_is_tried(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_each_gpu_is_tested(monkeypatch: pytest.MonkeyPatch) -> None:
     def ones(*shape: int, device: torch.device) -> torch.Tensor:
         if device.index == 1:
             raise RuntimeError("CUDA error: no kernel image is available\nCompile with ...")
@@ -129,7 +129,7 @@ def test_each_gpu_is_tried(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "GPU 1, which fails (CUDA error: no kernel image is available): install the PyTorch build" in bad[1]
 
 
-def test_a_torch_that_does_not_load(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_torch_that_does_not_load_is_a_problem(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "torch", None)
     found = said(only(doctor.devices()))
     assert found[0] == "problem"
@@ -137,7 +137,7 @@ def test_a_torch_that_does_not_load(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "pytorch.org" in found[1]
 
 
-def test_too_little_memory_and_disk(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_too_little_memory_and_disk_are_problems(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     assert (doctor.memory().level, doctor.disk(tmp_path).level) == ("ok", "ok")
     little: Any = SimpleNamespace(available=2**29, free=2**29)
     monkeypatch.setattr(psutil, "virtual_memory", lambda: little)
@@ -147,7 +147,7 @@ def test_too_little_memory_and_disk(monkeypatch: pytest.MonkeyPatch, tmp_path: P
     assert f"0.5 GiB free in {tmp_path}: " in said(doctor.disk(tmp_path))[1]
 
 
-def test_a_folder_that_cannot_be_written_to(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_folder_without_write_access_is_a_problem(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     assert doctor.working_folder(tmp_path).level == "ok"
 
     def refuse(dir: Path) -> None:
@@ -159,7 +159,7 @@ def test_a_folder_that_cannot_be_written_to(monkeypatch: pytest.MonkeyPatch, tmp
     assert "is not writable (Permission denied)" in found[1]
 
 
-def test_a_port_that_is_taken(free_port: int) -> None:
+def test_a_port_in_use_is_a_problem(free_port: int) -> None:
     assert doctor.port(free_port).level == "ok"
     with socket.socket() as other:
         other.bind(("127.0.0.1", free_port))
@@ -188,7 +188,7 @@ def of_base(path: Path | str, variant: str | None = None) -> tuple[str, str]:
     return said(doctor.base(ModelConfig(pretrained_model_name_or_path=str(path), variant=variant)))
 
 
-def test_a_base_that_is_not_here(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_missing_base_is_a_problem(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     assert of_base("tiny") == ("ok", "base the tiny demo base exists: ")
     assert of_base(SAMPLES / "tiny_sdxl")[0] == "ok"
     assert of_base(tmp_path) == (
@@ -207,14 +207,16 @@ def test_a_base_that_is_not_here(monkeypatch: pytest.MonkeyPatch, tmp_path: Path
     assert of_base("tiny")[0] == "problem"
 
 
-def test_weights_of_another_variant_are_not_those_asked_for(tmp_path: Path) -> None:
+def test_weights_of_another_variant_do_not_count(tmp_path: Path) -> None:
     half = pipeline(tmp_path / "half", "model.fp16-00001-of-00002.safetensors")
     assert of_base(half)[0] == "problem"
     assert of_base(half, variant="fp16")[0] == "ok"
     assert of_base(pipeline(tmp_path / "full", "model-00001-of-00002.safetensors"))[0] == "ok"
 
 
-def test_a_hub_model_is_downloaded_can_be_or_cannot(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_hub_model_is_downloaded_downloadable_or_unavailable(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     from huggingface_hub import constants
 
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
@@ -234,7 +236,9 @@ def test_a_hub_model_is_downloaded_can_be_or_cannot(monkeypatch: pytest.MonkeyPa
     assert of_base("somebody/sdxl") == ("ok", "base somebody/sdxl is downloaded: ")
 
 
-def test_what_a_checkout_needs_is_known_without_an_installation(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_required_libraries_of_a_checkout_are_known_without_an_installation(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     names = {one.name for one in versions.required()}
     assert {"torch", "diffusers", "safetensors"} <= names
     assert not names & {"gradio", "pytest"}, "those are extras"
@@ -246,7 +250,7 @@ def test_what_a_checkout_needs_is_known_without_an_installation(monkeypatch: pyt
     assert {one.name for one in versions.required()} == {"torch", "diffusers", "peft", "transformers"}
 
 
-def test_without_a_gpu_there_is_nothing_to_train_three_steps_on(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_a_gpu_the_gpu_check_is_a_problem(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     level, told = said(only(doctor.gpu()))
     assert level == "problem"

@@ -25,7 +25,7 @@ ADAPTERS: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("name", ADAPTERS)
-def test_a_stock_pipeline_computes_what_was_trained(
+def test_a_stock_pipeline_computes_the_trained_function(
     config: TrainConfig, base: Path, name: str, tmp_path: Path
 ) -> None:
     state = trained(config.replace(**ADAPTERS[name], learning_rate=0.1, text_encoder_lr=0.1))

@@ -111,7 +111,9 @@ LAYOUTS: dict[str, Callable[[Factors], dict[str, Tensor]]] = {
 }
 
 
-def test_members_of_mixed_layouts_average_as_their_own_files_do(pipeline: Any, base: Path, tmp_path: Path) -> None:
+def test_loras_of_different_formats_average_like_their_separate_files(
+    pipeline: Any, base: Path, tmp_path: Path
+) -> None:
     """Each layout's reading is another test's; here that any mixture gives the mean of what each file is read as."""
     from flatlora_diffusion.lora_tools.converting import read_lora_file
 
@@ -137,7 +139,7 @@ def product(update: Update) -> Tensor:
     return update.scale * (update.up.double().flatten(1) @ update.down.double().flatten(1))
 
 
-def test_before_a_cut_the_average_is_exact_and_after_it_the_best_of_its_rank() -> None:
+def test_the_average_is_exact_and_with_rank_the_best_of_that_rank() -> None:
     rng = torch.Generator().manual_seed(0)
 
     def lora(rank: int, scale: float) -> Update:
@@ -172,7 +174,7 @@ def test_the_printed_rank_and_loss_are_those_of_the_file(
     assert float(said.split("lost by truncation: ")[1].split(" %")[0]) == pytest.approx(100 * missed / whole, rel=0.01)
 
 
-def test_the_metadata_says_what_the_file_is_made_of(pipeline: Any, base: Path, tmp_path: Path) -> None:
+def test_the_metadata_lists_the_averaged_loras(pipeline: Any, base: Path, tmp_path: Path) -> None:
     whole = factors(pipeline)
     for name, steps in (("a", "300"), ("b", "500")):
         facts = {"ss_steps": steps, "ss_resolution": "(64, 64)", "modelspec.trigger_phrase": "TOK"}
@@ -221,7 +223,7 @@ def refused(capsys: pytest.CaptureFixture[str], tmp_path: Path, code: int) -> st
         (("--strength", "0"), "strength"),
     ],
 )
-def test_a_setting_that_makes_no_average_is_named(
+def test_an_invalid_setting_of_the_average_is_named(
     two: tuple[Factors, Factors],
     base: Path,
     tmp_path: Path,
@@ -232,7 +234,7 @@ def test_a_setting_that_makes_no_average_is_named(
     assert setting in refused(capsys, tmp_path, average(tmp_path, base, *arguments))
 
 
-def test_one_lora_or_the_same_twice_is_no_average(
+def test_a_single_lora_or_the_same_twice_is_an_error(
     two: tuple[Factors, Factors], base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert "two or more" in refused(capsys, tmp_path, average(tmp_path, base, names=("a",)))
@@ -244,7 +246,7 @@ def test_one_lora_or_the_same_twice_is_no_average(
     assert "b.safetensors" in capsys.readouterr().err
 
 
-def test_other_layers_text_encoders_or_tokens_in_some_are_refused(
+def test_loras_with_different_layers_text_encoders_or_tokens_are_an_error(
     two: tuple[Factors, Factors], base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     _, second = two
@@ -263,7 +265,7 @@ def test_other_layers_text_encoders_or_tokens_in_some_are_refused(
     assert "new tokens" in refused(capsys, tmp_path, average(tmp_path, base))
 
 
-def test_a_dora_a_nan_and_another_base_are_refused(
+def test_a_dora_a_nan_and_another_base_are_errors(
     two: tuple[Factors, Factors], base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     tensors = load_file(tmp_path / "b.safetensors")
@@ -275,7 +277,7 @@ def test_a_dora_a_nan_and_another_base_are_refused(
     assert "dora.safetensors" in refused(capsys, tmp_path, average(tmp_path, base, names=("a", "dora")))
 
 
-def test_members_that_name_other_bases_need_base_to_be_given(
+def test_loras_whose_metadata_name_different_bases_need_the_base_flag(
     pipeline: Any, base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """One base is often called by its hub id in one file and by a file's name in another."""
@@ -294,7 +296,7 @@ def test_members_that_name_other_bases_need_base_to_be_given(
     assert "--base" in said
 
 
-def test_runs_on_other_weights_are_refused(
+def test_runs_on_different_base_weights_are_an_error(
     two: tuple[Factors, Factors], base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folders = []
@@ -310,7 +312,7 @@ def test_runs_on_other_weights_are_refused(
     assert "run-a on 1111" in said
 
 
-def test_the_average_loads_where_a_file_by_diffusers_does(pipeline: Any, base: Path, tmp_path: Path) -> None:
+def test_the_average_with_a_file_of_diffusers_loads_in_diffusers(pipeline: Any, base: Path, tmp_path: Path) -> None:
     """A member saved by diffusers itself, and the average read by diffusers again."""
     first = by_diffusers(pipeline, tmp_path / "first.safetensors", old_names=False)
     whole = as_diffusers_loads(base, first)
@@ -323,6 +325,6 @@ def test_the_average_loads_where_a_file_by_diffusers_does(pipeline: Any, base: P
         assert (found[name] - mean).norm() <= 1e-4 * mean.norm(), name
 
 
-def test_weights_are_shares() -> None:
+def test_weights_are_normalized_to_a_sum_of_1() -> None:
     assert normalize_weights((), 4) == [0.25] * 4
     assert normalize_weights((2.0, 6.0), 2) == [0.25, 0.75]

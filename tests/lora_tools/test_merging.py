@@ -69,7 +69,7 @@ def assert_close(found: dict[str, Tensor], expected: dict[str, Tensor], toleranc
         torch.testing.assert_close(found[name].float(), value.float(), rtol=tolerance, atol=tolerance, msg=name)
 
 
-def test_a_merged_folder_has_the_fused_weights_and_draws_the_same_image(
+def test_a_merged_folder_has_the_fused_weights_and_generates_the_same_image(
     base: Path, lora: Path, tmp_path: Path
 ) -> None:
     output = tmp_path / "merged"
@@ -132,7 +132,7 @@ def complaint(capsys: pytest.CaptureFixture[str], arguments: list[str], code: in
     return lines[0]
 
 
-def test_wrong_input_is_one_sentence(
+def test_wrong_input_is_an_error_of_one_sentence(
     capsys: pytest.CaptureFixture[str], base: Path, lora: Path, tmp_path: Path
 ) -> None:
     start = ["merge", "--base", str(base), "--lora", str(lora), "--output"]
@@ -152,7 +152,7 @@ def test_wrong_input_is_one_sentence(
     assert [path.name for path in tmp_path.iterdir()] == ["base.safetensors"]
 
 
-def test_an_output_that_cannot_be_written_is_one_sentence(
+def test_an_unwritable_output_is_an_error_of_one_sentence(
     capsys: pytest.CaptureFixture[str], base: Path, lora: Path, tmp_path: Path
 ) -> None:
     start = ["merge", "--base", str(base), "--lora", str(lora), "--output"]
@@ -180,7 +180,7 @@ def test_an_overflow_stops_the_merge(
     assert not output.exists()
 
 
-def test_another_merge_takes_the_place_of_the_first_when_asked(base: Path, lora: Path, tmp_path: Path) -> None:
+def test_overwrite_replaces_an_earlier_merge(base: Path, lora: Path, tmp_path: Path) -> None:
     output = tmp_path / "merged"
     start = ["merge", "--base", str(base), "--output", str(output), "--lora"]
     assert main([*start, str(lora)]) == 0
@@ -191,7 +191,7 @@ def test_another_merge_takes_the_place_of_the_first_when_asked(base: Path, lora:
     assert [path.name for path in tmp_path.iterdir()] == ["merged"]
 
 
-def test_new_tokens_that_are_not_merged_are_told(
+def test_new_tokens_that_are_not_merged_are_a_warning(
     base: Path, lora: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     save_file(load_file(lora), tmp_path / "ti.safetensors", metadata={"modelspec.trigger_phrase": "<s0><s1>"})

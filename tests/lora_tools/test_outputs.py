@@ -87,7 +87,7 @@ READ = [
 
 
 @pytest.mark.parametrize("line", READ)
-def test_what_is_read_stays_as_it_is(desk: Path, capsys: pytest.CaptureFixture[str], line: str) -> None:
+def test_inputs_are_never_overwritten(desk: Path, capsys: pytest.CaptureFixture[str], line: str) -> None:
     shutil.copy(desk / "fox.safetensors", desk / "base" / "unet" / "fox.safetensors")
     before = contents(desk)
     assert "is an input" in refused(capsys, line)
@@ -111,7 +111,7 @@ def linked(kind: str, target: Path, link: Path) -> None:
         ("average fox.safetensors run --base base --overwrite --output", "fox.safetensors"),
     ],
 )
-def test_what_is_read_is_known_by_another_name(
+def test_an_input_is_recognized_through_a_link(
     desk: Path, capsys: pytest.CaptureFixture[str], kind: str, line: str, target: str
 ) -> None:
     if kind == "hard" and "/" in target:
@@ -122,7 +122,7 @@ def test_what_is_read_is_known_by_another_name(
     assert contents(desk) == before
 
 
-def test_a_folder_with_what_is_read_in_it_or_leading_to_it_stays(
+def test_a_folder_that_contains_or_links_to_an_input_is_not_replaced(
     desk: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (desk / "base-again").symlink_to(desk / "base", target_is_directory=True)
@@ -135,7 +135,7 @@ def test_a_folder_with_what_is_read_in_it_or_leading_to_it_stays(
     assert contents(desk) == before
 
 
-def test_a_name_in_other_case_is_the_same_file_where_the_disk_says_so(
+def test_names_in_other_case_are_the_same_file_on_a_case_insensitive_disk(
     desk: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def same(one: os.PathLike[str], other: os.PathLike[str]) -> bool:
@@ -147,7 +147,7 @@ def test_a_name_in_other_case_is_the_same_file_where_the_disk_says_so(
     assert "is an input" in refused(capsys, f"{line} FOX.safetensors")
 
 
-def test_a_models_folder_is_replaced_only_where_it_holds_nothing_else(
+def test_a_model_folder_is_replaced_only_if_it_contains_nothing_else(
     desk: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(f"{MERGE} --output merged".split()) == 0
@@ -202,14 +202,14 @@ def test_a_file_of_another_kind_is_not_replaced(
         "average fox.safetensors run --rank 4 --base base --overwrite --output out.safetensors",
     ],
 )
-def test_what_the_verb_itself_has_written_is_replaced(desk: Path, line: str) -> None:
+def test_overwrite_replaces_an_earlier_output_of_the_verb(desk: Path, line: str) -> None:
     for _ in range(2):
         assert main(line.split()) == 0
     assert main([word for word in line.split() if word != "--overwrite"]) == 2
 
 
 @pytest.mark.parametrize("is_link", [False, True])
-def test_an_earlier_model_is_there_until_the_new_one_is(
+def test_an_earlier_model_remains_until_the_new_model_is_complete(
     desk: Path, monkeypatch: pytest.MonkeyPatch, is_link: bool
 ) -> None:
     shutil.copytree(desk / "base", desk / "new")
@@ -236,7 +236,7 @@ def test_an_earlier_model_is_there_until_the_new_one_is(
     assert not list(desk.glob("*.earlier"))
 
 
-def test_what_came_into_the_folder_meanwhile_is_not_removed(desk: Path) -> None:
+def test_files_added_to_the_folder_meanwhile_are_not_removed(desk: Path) -> None:
     shutil.copytree(desk / "base", desk / "new")
     (desk / "tuned" / "notes.txt").write_text("while the sums were formed")
     with pytest.raises(ConfigError, match=r"notes\.txt"):
