@@ -1,4 +1,4 @@
-"""What a user types: wrong input is one sentence and exit code 2."""
+"""The command line: wrong input is an error of one sentence with exit code 2."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def empty(tmp_path: Path) -> Path:
     return folder
 
 
-def complaint(capsys: pytest.CaptureFixture[str], arguments: list[str]) -> str:
+def error_message(capsys: pytest.CaptureFixture[str], arguments: list[str]) -> str:
     assert train_main(arguments) == 2
     lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
     assert len(lines) == 1
@@ -38,22 +38,22 @@ def complaint(capsys: pytest.CaptureFixture[str], arguments: list[str]) -> str:
 
 
 def test_missing_images_are_an_error(capsys: pytest.CaptureFixture[str], empty: Path) -> None:
-    assert "--instance_data_dir is missing" in complaint(capsys, [])
-    assert "has no readable image" in complaint(capsys, ["--instance_data_dir", str(empty)])
-    assert "nowhere" in complaint(capsys, ["--instance_data_dir", str(empty / "nowhere")])
+    assert "--instance_data_dir is missing" in error_message(capsys, [])
+    assert "has no readable image" in error_message(capsys, ["--instance_data_dir", str(empty)])
+    assert "nowhere" in error_message(capsys, ["--instance_data_dir", str(empty / "nowhere")])
 
 
 def test_a_missing_caption_is_an_error(capsys: pytest.CaptureFixture[str], empty: Path) -> None:
     Image.new("RGB", (8, 8)).save(empty / "fox.png")
-    error = complaint(capsys, ["--instance_data_dir", str(empty)])
+    error = error_message(capsys, ["--instance_data_dir", str(empty)])
     assert "fox.png has no caption" in error
     assert "--instance_prompt" in error
 
 
 def test_a_missing_model_is_an_error(capsys: pytest.CaptureFixture[str], icons: Path, empty: Path) -> None:
     arguments = ["--instance_data_dir", str(icons), "--pretrained_model_name_or_path"]
-    assert "without model_index.json" in complaint(capsys, [*arguments, str(empty)])
-    assert "does not exist: there is no such folder" in complaint(capsys, [*arguments, str(empty / "nowhere")])
+    assert "without model_index.json" in error_message(capsys, [*arguments, str(empty)])
+    assert "does not exist: there is no such folder" in error_message(capsys, [*arguments, str(empty / "nowhere")])
 
 
 @pytest.mark.parametrize(
@@ -73,7 +73,7 @@ def test_pickles_and_missing_files_are_errors_before_torch_is_imported(
     if "nowhere" not in name:
         torch.save({}, file)
     arguments = ["--instance_data_dir", str(icons), f"--{setting}", str(file), "--output_dir", str(tmp_path / "run")]
-    assert f"{setting}={str(file)!r}" in complaint(capsys, arguments)
+    assert f"{setting}={str(file)!r}" in error_message(capsys, arguments)
 
 
 @pytest.fixture
@@ -117,7 +117,9 @@ def test_an_invalid_resolution_is_an_error(
     capsys: pytest.CaptureFixture[str], icons: Path, base: Path, tmp_path: Path
 ) -> None:
     arguments = ["--instance_data_dir", str(icons), "--pretrained_model_name_or_path", str(base), "--resolution", "33"]
-    assert "resolution=33 must be a multiple of 16" in complaint(capsys, [*arguments, "--output_dir", str(tmp_path)])
+    assert "resolution=33 must be a multiple of 16" in error_message(
+        capsys, [*arguments, "--output_dir", str(tmp_path)]
+    )
 
 
 @pytest.mark.parametrize(
@@ -138,17 +140,17 @@ def test_an_invalid_prompts_file_is_an_error(
     file, out = tmp_path / "prompts.jsonl", tmp_path / "run"
     file.write_text('{"prompt": "a fox", "seed": 3}\n' + line, encoding="utf-8", errors="surrogateescape")
     arguments = ["--instance_data_dir", str(icons), "--output_dir", str(out), "--validation_prompts_file", str(file)]
-    assert message in complaint(capsys, arguments)
+    assert message in error_message(capsys, arguments)
     assert not out.exists()
 
 
 def test_sigma_with_plain_lora_is_an_error(capsys: pytest.CaptureFixture[str], icons: Path) -> None:
     arguments = ["--instance_data_dir", str(icons), "--method", "lora", "--sigma", "0.1"]
-    assert "--method lora has no sigma" in complaint(capsys, arguments)
+    assert "--method lora has no sigma" in error_message(capsys, arguments)
 
 
 def test_an_unknown_flag_and_an_unknown_verb_exit_with_2(capsys: pytest.CaptureFixture[str]) -> None:
-    assert "--no_such_flag" in complaint(capsys, ["--no_such_flag", "1"])
+    assert "--no_such_flag" in error_message(capsys, ["--no_such_flag", "1"])
     assert main(["nonsense"]) == 2
     assert "error: flatlora has no verb 'nonsense'; use one of: demo, train, compare" in capsys.readouterr().err
 

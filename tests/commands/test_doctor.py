@@ -1,4 +1,4 @@
-"""`doctor`: one line for each thing that a training needs, and for each problem what to do about it."""
+"""`doctor`: one line per check, and a remedy for each problem."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ def only(findings: Iterable[doctor.Finding]) -> doctor.Finding:
     return found
 
 
-def said(finding: doctor.Finding) -> tuple[str, str]:
-    """The level, and all that is told."""
+def level_and_text(finding: doctor.Finding) -> tuple[str, str]:
+    """The level and the text of a finding."""
     return finding.level, f"{finding.subject} {finding.fact}: {finding.remedy}"
 
 
@@ -65,7 +65,7 @@ def test_python_is_compared_with_the_tested_version(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(doctor, "last_tested", lambda: {"python": mine})
     assert doctor.python().level == "ok"
     monkeypatch.setattr(doctor, "last_tested", lambda: {"python": "3.99"})
-    assert said(doctor.python())[0] == "note"
+    assert level_and_text(doctor.python())[0] == "note"
     assert "last tested with 3.99" in doctor.python().fact
 
 
@@ -77,7 +77,7 @@ def test_libraries_that_are_missing_out_of_range_or_untested_are_listed(monkeypa
     monkeypatch.setattr(
         doctor, "last_tested", lambda: {"peft": "0.21.2", "torch": "2.13.0", "huggingface-hub": "2.4.0"}
     )
-    old, gone, others = map(said, doctor.libraries())
+    old, gone, others = map(level_and_text, doctor.libraries())
     assert old[0] == gone[0] == "problem"
     assert 'transformers 5.24.0 is outside of <5.24,>=5.0: pip install "transformers<5.24,>=5.0"' in old[1]
     assert 'scipy is not installed: pip install "scipy>=1.11"' in gone[1]
@@ -106,7 +106,7 @@ def test_a_gpu_that_torch_does_not_use_is_reported(
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
     monkeypatch.setattr(torch.version, "cuda", cuda)
     monkeypatch.setattr(shutil, "which", lambda name: name if has_driver else None)
-    found = said(only(doctor.devices()))
+    found = level_and_text(only(doctor.devices()))
     assert found[0] == level
     assert sentence in found[1]
 
@@ -122,7 +122,7 @@ def test_each_gpu_is_tested(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: f"GPU {device.index}")
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (2**30, 2**31))
     monkeypatch.setattr(torch, "ones", ones)
-    good, bad = map(said, doctor.devices())
+    good, bad = map(level_and_text, doctor.devices())
     assert good[0] == "ok"
     assert "computes on GPU 0, 1.0 of 2.0 GiB free" in good[1]
     assert bad[0] == "problem"
@@ -131,7 +131,7 @@ def test_each_gpu_is_tested(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_torch_that_does_not_load_is_a_problem(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "torch", None)
-    found = said(only(doctor.devices()))
+    found = level_and_text(only(doctor.devices()))
     assert found[0] == "problem"
     assert "torch cannot be imported (import of torch halted" in found[1]
     assert "pytorch.org" in found[1]
@@ -142,9 +142,9 @@ def test_too_little_memory_and_disk_are_problems(monkeypatch: pytest.MonkeyPatch
     little: Any = SimpleNamespace(available=2**29, free=2**29)
     monkeypatch.setattr(psutil, "virtual_memory", lambda: little)
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: little)
-    assert said(doctor.memory()) == ("problem", "memory 0.5 GiB free: close other programs; 1 GiB is needed")
-    assert said(doctor.disk(tmp_path))[0] == "problem"
-    assert f"0.5 GiB free in {tmp_path}: " in said(doctor.disk(tmp_path))[1]
+    assert level_and_text(doctor.memory()) == ("problem", "memory 0.5 GiB free: close other programs; 1 GiB is needed")
+    assert level_and_text(doctor.disk(tmp_path))[0] == "problem"
+    assert f"0.5 GiB free in {tmp_path}: " in level_and_text(doctor.disk(tmp_path))[1]
 
 
 def test_a_folder_without_write_access_is_a_problem(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -154,7 +154,7 @@ def test_a_folder_without_write_access_is_a_problem(monkeypatch: pytest.MonkeyPa
         raise PermissionError(13, "Permission denied")
 
     monkeypatch.setattr(tempfile, "TemporaryFile", refuse)
-    found = said(doctor.working_folder(tmp_path))
+    found = level_and_text(doctor.working_folder(tmp_path))
     assert found[0] == "problem"
     assert "is not writable (Permission denied)" in found[1]
 
@@ -164,7 +164,7 @@ def test_a_port_in_use_is_a_problem(free_port: int) -> None:
     with socket.socket() as other:
         other.bind(("127.0.0.1", free_port))
         other.listen()
-        found = said(doctor.port(free_port))
+        found = level_and_text(doctor.port(free_port))
     assert found[0] == "problem"
     assert "another --port" in found[1]
 
@@ -172,7 +172,7 @@ def test_a_port_in_use_is_a_problem(free_port: int) -> None:
 def test_an_app_without_gradio_is_a_note(monkeypatch: pytest.MonkeyPatch) -> None:
     assert doctor.app().level == "ok"
     monkeypatch.setattr(doctor, "find_spec", lambda name: None)
-    assert said(doctor.app()) == ("note", 'app needs gradio: pip install "flatlora-diffusion[app]"')
+    assert level_and_text(doctor.app()) == ("note", 'app needs gradio: pip install "flatlora-diffusion[app]"')
 
 
 def pipeline(folder: Path, name: str = "model.safetensors") -> Path:
@@ -185,7 +185,7 @@ def pipeline(folder: Path, name: str = "model.safetensors") -> Path:
 
 
 def of_base(path: Path | str, variant: str | None = None) -> tuple[str, str]:
-    return said(doctor.base(ModelConfig(pretrained_model_name_or_path=str(path), variant=variant)))
+    return level_and_text(doctor.base(ModelConfig(pretrained_model_name_or_path=str(path), variant=variant)))
 
 
 def test_a_missing_base_is_a_problem(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -224,7 +224,7 @@ def test_a_hub_model_is_downloaded_downloadable_or_unavailable(
     level, text = of_base("somebody/sdxl")
     assert level == "note"
     assert f"somebody/sdxl is not downloaded: the first run downloads it to {tmp_path}" in text
-    assert said(doctor.weights("encoder", "somebody/clip"))[0] == "note"
+    assert level_and_text(doctor.weights("encoder", "somebody/clip"))[0] == "note"
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     level, text = of_base("somebody/sdxl")
     assert level == "problem"
@@ -252,6 +252,6 @@ def test_the_required_libraries_of_a_checkout_are_known_without_an_installation(
 
 def test_without_a_gpu_the_gpu_check_is_a_problem(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    level, told = said(only(doctor.gpu()))
+    level, told = level_and_text(only(doctor.gpu()))
     assert level == "problem"
     assert "there is no CUDA device to train on" in told

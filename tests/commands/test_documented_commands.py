@@ -1,4 +1,4 @@
-"""What README and docs tell people to type is understood, each command by its own verb; so is the README's Python."""
+"""Every command in README and docs parses, and the Python examples run."""
 
 from __future__ import annotations
 

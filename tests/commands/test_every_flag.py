@@ -1,4 +1,4 @@
-"""Drop-in: every flag of diffusers' two SDXL DreamBooth-LoRA scripts is there with its default, and is run once."""
+"""Every flag of diffusers' two SDXL DreamBooth LoRA scripts exists with its default, and every setting runs."""
 
 from __future__ import annotations
 

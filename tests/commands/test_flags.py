@@ -1,4 +1,4 @@
-"""How a command line is read: every spelling of a flag, and one sentence for whatever cannot be."""
+"""Parsing of flags: every spelling of a flag, and error messages."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`--help` is short and of the verb that was asked; `--help-all` leaves nothing out."""
+"""`--help` is short and about the given verb; `--help-all` is complete."""
 
 from __future__ import annotations
 
@@ -63,9 +63,9 @@ def test_the_help_of_comparisons_shows_their_settings_and_the_output_folder(
         text = helped(capsys, verb, "--help")
         assert text.startswith(f"usage: flatlora {verb} ")
         assert {"output_dir", "num_seeds"} <= flags_in(text)
-        said = " ".join(text.split())
-        assert f"default: {folder})" in said
-        assert f"default: {seeds})" in said
+        words = " ".join(text.split())
+        assert f"default: {folder})" in words
+        assert f"default: {seeds})" in words
 
 
 @pytest.mark.parametrize("verb", OF_VERBS)

@@ -1,4 +1,4 @@
-"""Which methods, adapters and optimizers go together; what does not is refused before anything is loaded."""
+"""Valid and invalid combinations of methods, adapters and optimizers; errors come before anything is loaded."""
 
 from __future__ import annotations
 

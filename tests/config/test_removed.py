@@ -1,4 +1,4 @@
-"""Settings and values that earlier versions had: refused on the command line, left out of saved runs."""
+"""Settings and values of earlier versions: an error on the command line, ignored in saved runs."""
 
 from __future__ import annotations
 

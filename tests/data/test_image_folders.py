@@ -13,8 +13,8 @@ from flatlora_diffusion.data.image_folders import check_folders_apart, image_fol
 PRIOR = {"with_prior_preservation": True, "class_prompt": "an icon"}
 
 
-def of(root: Path, **settings: Any) -> TrainConfig:
-    """Settings whose places are below `root`."""
+def config_in(root: Path, **settings: Any) -> TrainConfig:
+    """Settings with paths below `root`."""
     places = {
         name: str(root / value) if name.endswith(("_dir", "_name")) else value for name, value in settings.items()
     }
@@ -29,10 +29,10 @@ def root(tmp_path: Path) -> Path:
 
 
 def test_image_folders_are_listed_by_setting(root: Path) -> None:
-    config = of(root, instance_data_dir="icons", validation_data_dir="others", class_data_dir="class")
+    config = config_in(root, instance_data_dir="icons", validation_data_dir="others", class_data_dir="class")
     assert image_folders(config) == {"instance_data_dir": [root / "icons"], "validation_data_dir": [root / "others"]}
     assert image_folders(config.replace(**PRIOR))["class_data_dir"] == [root / "class"]
-    assert image_folders(of(root, dataset_name="icons")) == {"dataset_name": [root / "icons"]}
+    assert image_folders(config_in(root, dataset_name="icons")) == {"dataset_name": [root / "icons"]}
     assert image_folders(TrainConfig.from_dict({"dataset_name": "someone/icons"})) == {}
 
 
@@ -41,7 +41,7 @@ def test_the_folders_of_a_dataset_file_are_listed(root: Path) -> None:
     file.write_text(
         '[[datasets]]\n[[datasets.subsets]]\nimage_dir = "icons"\n[[datasets.subsets]]\nimage_dir = "more"\n'
     )
-    config = of(root).replace(dataset_config=str(file), output_dir=str(root / "more"))
+    config = config_in(root).replace(dataset_config=str(file), output_dir=str(root / "more"))
     (folders,) = image_folders(config).values()
     assert [folder.name for folder in folders] == ["icons", "more"]
 
@@ -50,9 +50,9 @@ def test_the_folders_of_a_dataset_file_are_listed(root: Path) -> None:
 @pytest.mark.parametrize("output", ["icons", "icons/run", "."])
 def test_a_run_folder_that_overlaps_an_image_folder_is_an_error(root: Path, setting: str, output: str) -> None:
     prior = PRIOR if setting == "class_data_dir" else {}
-    check_folders_apart(of(root, **{setting: "icons"}, **prior))
+    check_folders_apart(config_in(root, **{setting: "icons"}, **prior))
     with pytest.raises(ConfigError, match=rf"output_dir=.*{setting}=.*icons"):
-        check_folders_apart(of(root, **{setting: "icons"}, **prior, output_dir=output))
+        check_folders_apart(config_in(root, **{setting: "icons"}, **prior, output_dir=output))
 
 
 @pytest.mark.parametrize(
@@ -73,7 +73,7 @@ def test_class_images_and_caches_are_not_written_among_the_training_images(
     root: Path, setting: str, folder: str, images: str, is_refused: bool
 ) -> None:
     prior = PRIOR if setting == "class_data_dir" else {}
-    config = of(root, **{setting: folder, images: "all/icons"}, **prior)
+    config = config_in(root, **{setting: folder, images: "all/icons"}, **prior)
     if not is_refused:
         check_folders_apart(config)
         return
@@ -82,4 +82,4 @@ def test_class_images_and_caches_are_not_written_among_the_training_images(
 
 
 def test_a_class_folder_without_prior_preservation_may_be_anywhere(root: Path) -> None:
-    check_folders_apart(of(root, instance_data_dir="icons", class_data_dir="icons"))
+    check_folders_apart(config_in(root, instance_data_dir="icons", class_data_dir="icons"))

@@ -1,4 +1,4 @@
-"""diffusers' own file: a stock pipeline that loads it computes what was trained, whatever the adapter."""
+"""The file for diffusers: a stock pipeline computes the trained function with every adapter."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A training that starts from a LoRA: in any layout, with each layer's alpha, DoRA's magnitudes, or one sentence."""
+"""Training from an existing LoRA: every layout, each layer's alpha, DoRA's magnitudes, error messages."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Names and tensors of the kohya file: every name against diffusers' own conversion, on SDXL's true topology."""
+"""Names and tensors of the kohya file, compared with diffusers' conversion on SDXL's topology."""
 
 from __future__ import annotations
 
@@ -200,5 +200,5 @@ def test_rank_and_alpha_of_the_metadata_are_from_a_layer_of_the_unet() -> None:
         ({"text_encoder": text, "unet": unet}, ("32", "32.0")),
         ({"text_encoder": text}, ("64", "16.0")),
     ):
-        said = with_content_keys({}, contents_of(kohya_tensors(updates)))
-        assert (said["ss_network_dim"], said["ss_network_alpha"]) == expected
+        metadata = with_content_keys({}, contents_of(kohya_tensors(updates)))
+        assert (metadata["ss_network_dim"], metadata["ss_network_alpha"]) == expected

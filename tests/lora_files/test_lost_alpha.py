@@ -1,4 +1,4 @@
-"""A file that applies at another strength than was trained is warned of, with the factor and the way to mend it."""
+"""Files whose strength differs from that in training: the warning, its factor and the remedy."""
 
 from __future__ import annotations
 
@@ -116,9 +116,9 @@ def test_the_report_has_the_factor_for_tools_that_ignore_the_metadata(
     pipeline = pipeline_of(base, alpha, TEXT)
     path = by_diffusers(pipeline, tmp_path / "x.safetensors", old_names=False)
     notes = {row["tool"]: row["note"] for row in report(path, base, capsys)["tools"]}
-    said = f"at {factor} times its strength"
+    note = f"at {factor} times its strength"
     for tool in ("ComfyUI", "stable-diffusion.cpp", "Draw Things"):
-        assert (said in notes[tool]) == (factor is not None), notes[tool]
+        assert (note in notes[tool]) == (factor is not None), notes[tool]
     for tool in ("AUTOMATIC1111", "SD.Next", "diffusers"):  # they load nothing of it, or read the metadata
         assert "times its strength" not in notes[tool]
     folded = report(saved(peft(factors(pipeline), ALPHAS), tmp_path / "y.safetensors"), base, capsys)

@@ -1,4 +1,4 @@
-"""Every layout of one LoRA gives the same update of each weight, that of diffusers; what cannot be read is named."""
+"""Every layout of a LoRA gives the same update of each weight, equal to that of diffusers; error messages."""
 
 from __future__ import annotations
 

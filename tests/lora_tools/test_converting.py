@@ -1,4 +1,4 @@
-"""`export` and `import`: the same update in each layout and direction, and nothing is overwritten unasked."""
+"""`export` and `import`: the same update in every layout and direction; nothing is overwritten without the flag."""
 
 from __future__ import annotations
 
@@ -238,7 +238,7 @@ def test_a_lora_of_one_text_encoder_gets_the_layers_that_identify_its_base(
         assert (tools[name]["layers"], tools[name]["note"]) == (len(expected) + 2, "")
 
 
-def complaint(capsys: pytest.CaptureFixture[str], arguments: list[str]) -> str:
+def error_message(capsys: pytest.CaptureFixture[str], arguments: list[str]) -> str:
     assert main(arguments) == 2
     lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
     assert len(lines) == 1
@@ -251,15 +251,15 @@ def test_nothing_is_overwritten_without_the_flag(
     arguments = ["import", str(kohya_file), "--base", str(base)]
     path = kohya_file.with_name("other_diffusers.safetensors")
     path.write_text("mine")
-    assert "already exists" in complaint(capsys, arguments)
-    assert "is not a LoRA file" in complaint(capsys, [*arguments, "--overwrite"])
+    assert "already exists" in error_message(capsys, arguments)
+    assert "is not a LoRA file" in error_message(capsys, [*arguments, "--overwrite"])
     assert path.read_text() == "mine"
     saved({"x.lora_A.weight": torch.ones(2)}, path)
     assert main([*arguments, "--overwrite"]) == 0
     assert len(load_file(path)) > 100
     before = kohya_file.read_bytes()
     own = [*arguments, "--overwrite", "--output", str(kohya_file)]
-    assert "is an input" in complaint(capsys, own)
+    assert "is an input" in error_message(capsys, own)
     assert kohya_file.read_bytes() == before
 
 
@@ -273,14 +273,16 @@ def test_an_unwritable_output_is_an_error_of_one_sentence(
     for verb in ("import", "resize"):
         start = [verb, str(kohya_file), "--base", str(base), "--output"]
         for more in ([], ["--overwrite"]):
-            said = complaint(capsys, [*start, str(tmp_path / "named.safetensors"), *more])
-            assert said == f"error: {tmp_path / 'named.safetensors'} is a folder; give a .safetensors file as --output"
-        assert "cannot be written: " in complaint(capsys, [*start, str(tmp_path / "file")])
+            error = error_message(capsys, [*start, str(tmp_path / "named.safetensors"), *more])
+            assert (
+                error == f"error: {tmp_path / 'named.safetensors'} is a folder; give a .safetensors file as --output"
+            )
+        assert "cannot be written: " in error_message(capsys, [*start, str(tmp_path / "file")])
     start = ["export", str(kohya_file), "--base", str(base), "--output"]
     for bad in ("/proc/x.safetensors", str(tmp_path / "file" / "y.safetensors"), str(tmp_path / "file")):
-        assert "cannot be written: " in complaint(capsys, [*start, bad])
+        assert "cannot be written: " in error_message(capsys, [*start, bad])
     both = [*start, str(tmp_path / "x.safetensors"), "--layout", "both"]
-    assert "--layout both" in complaint(capsys, both)
+    assert "--layout both" in error_message(capsys, both)
     assert sorted(tmp_path.rglob("*")) == before
 
 
@@ -297,7 +299,7 @@ def test_a_folder_stands_for_the_lora_in_it(
         assert os.listdir(output) == [f"pytorch_lora_weights{name}.safetensors"]
     assert os.listdir(run) == ["pytorch_lora_weights.safetensors"]
     (run / "pytorch_lora_weights.safetensors").rename(run / "other.safetensors")
-    assert "is a folder without pytorch_lora_weights.safetensors" in complaint(capsys, [verb, str(run)])
+    assert "is a folder without pytorch_lora_weights.safetensors" in error_message(capsys, [verb, str(run)])
 
 
 @pytest.mark.parametrize("place", ["run", "run/checkpoint-2"])
@@ -317,23 +319,23 @@ def test_the_error_for_a_dora_names_the_plain_lora_beside_it(
         "merge": ["merge", "--lora", str(path.parent), "--base", str(base), "--output", str(tmp_path / "merged")],
     }
     for arguments in verbs.values():
-        assert complaint(capsys, arguments).endswith("is not portable")
+        assert error_message(capsys, arguments).endswith("is not portable")
     plain = saved(kohya(factors(pipeline)), folder / "my-foxes.safetensors")
     for arguments in verbs.values():
-        said = complaint(capsys, arguments)
-        assert "contains DoRA" in said
-        assert said.endswith(f"; use {plain}, its plain LoRA")
+        error = error_message(capsys, arguments)
+        assert "contains DoRA" in error
+        assert error.endswith(f"; use {plain}, its plain LoRA")
 
 
 def test_wrong_input_is_an_error_of_one_sentence_and_writes_nothing(
     capsys: pytest.CaptureFixture[str], base: Path, kohya_file: Path, tmp_path: Path
 ) -> None:
-    assert "file is missing" in complaint(capsys, ["export"])
-    assert "does not exist" in complaint(capsys, ["import", str(tmp_path / "nowhere.safetensors")])
-    assert "--base" in complaint(capsys, ["import", str(kohya_file)])
+    assert "file is missing" in error_message(capsys, ["export"])
+    assert "does not exist" in error_message(capsys, ["import", str(tmp_path / "nowhere.safetensors")])
+    assert "--base" in error_message(capsys, ["import", str(kohya_file)])
     zero = {name: torch.zeros_like(value) for name, value in load_file(kohya_file).items() if "alpha" not in name}
     empty = saved(zero, tmp_path / "zero.safetensors")
-    assert "all updates of the LoRA are zero" in complaint(capsys, ["export", str(empty), "--base", str(base)])
+    assert "all updates of the LoRA are zero" in error_message(capsys, ["export", str(empty), "--base", str(base)])
     assert sorted(os.listdir(tmp_path)) == ["other.safetensors", "zero.safetensors"]
 
 
@@ -346,15 +348,15 @@ def test_a_hostile_file_is_an_error_of_one_sentence_in_every_verb(
     given = ["--lora", str(path)] if verb == "merge" else [str(path)]
     name = "lora_unet_input_blocks_3_1_transformer_blocks_0_attn2_to_k"
     torch.save({"a": torch.zeros(2)}, path)
-    assert "zip archive" in complaint(capsys, [verb, *given, *rest])
+    assert "zip archive" in error_message(capsys, [verb, *given, *rest])
     path.write_bytes((100 * 10**9).to_bytes(8, "little") + b"{}")
-    assert "another format or damaged" in complaint(capsys, [verb, *given, *rest])
+    assert "another format or damaged" in error_message(capsys, [verb, *given, *rest])
     saved({f"{name}.lora_down.weight": torch.ones(2, 768), f"{name}.lora_up.weight": torch.ones(16, 2)}, path)
-    assert "is a LoRA for Stable Diffusion 1, not for SDXL" in complaint(capsys, [verb, *given, *rest])
+    assert "is a LoRA for Stable Diffusion 1, not for SDXL" in error_message(capsys, [verb, *given, *rest])
     broken = load_file(kohya_file)
     next(value for name, value in broken.items() if "lora_up" in name)[0] = float("nan")
     saved(broken, path)
-    assert "contains NaN" in complaint(capsys, [verb, *given, *rest])
+    assert "contains NaN" in error_message(capsys, [verb, *given, *rest])
     assert sorted(os.listdir(tmp_path)) == ["other.safetensors", "x.safetensors"]
 
 

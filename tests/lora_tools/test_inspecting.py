@@ -1,4 +1,4 @@
-"""`inspect`: what is in a file, by its bytes, and for each tool how many of its layers are read."""
+"""`inspect`: the contents of a file, and for each tool the number of layers that it reads."""
 
 from __future__ import annotations
 
@@ -163,11 +163,11 @@ def test_the_report_says_why_a_web_ui_hides_a_file(
     attention: Any, base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], tool: str
 ) -> None:
     tensors, path = kohya(factors(attention)), tmp_path / "x.safetensors"
-    for said, why in (
+    for metadata, why in (
         ({}, "have no ss_base_model_version"),
         ({"ss_base_model_version": "sd_v1"}, "call its base sd_v1"),
     ):
-        found = report(saved(tensors, path, format="pt", **said), base, capsys)
+        found = report(saved(tensors, path, format="pt", **metadata), base, capsys)
         assert note(found, tool) == f"hidden while an SDXL model is loaded: the metadata {why}"
 
 

@@ -1,4 +1,4 @@
-"""A large LoRA file is read and written layer by layer: it needs far less memory than it has bytes."""
+"""A large LoRA file is read and written layer by layer, in much less memory than its size."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""No verb replaces what it reads, by whatever name, and --overwrite replaces only what the verb itself writes."""
+"""No verb overwrites its inputs under any name, and --overwrite replaces only outputs of the verb."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def contents(folder: Path) -> Contents:
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-def refused(capsys: pytest.CaptureFixture[str], line: str) -> str:
+def error_message(capsys: pytest.CaptureFixture[str], line: str) -> str:
     assert main(line.split()) == 2
     errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
     assert len(errors) == 1
@@ -90,7 +90,7 @@ READ = [
 def test_inputs_are_never_overwritten(desk: Path, capsys: pytest.CaptureFixture[str], line: str) -> None:
     shutil.copy(desk / "fox.safetensors", desk / "base" / "unet" / "fox.safetensors")
     before = contents(desk)
-    assert "is an input" in refused(capsys, line)
+    assert "is an input" in error_message(capsys, line)
     assert contents(desk) == before
 
 
@@ -118,7 +118,7 @@ def test_an_input_is_recognized_through_a_link(
         pytest.skip("another name outside of the folder leaves what is in it")
     linked(kind, desk / target, desk / "other.safetensors")
     before = contents(desk)
-    assert "is an input" in refused(capsys, f"{line} other.safetensors")
+    assert "is an input" in error_message(capsys, f"{line} other.safetensors")
     assert contents(desk) == before
 
 
@@ -126,12 +126,12 @@ def test_a_folder_that_contains_or_links_to_an_input_is_not_replaced(
     desk: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (desk / "base-again").symlink_to(desk / "base", target_is_directory=True)
-    assert "is an input" in refused(capsys, f"{MERGE} --output base-again")
+    assert "is an input" in error_message(capsys, f"{MERGE} --output base-again")
     shutil.copytree(desk / "base", desk / "models")
     shutil.move(desk / "base", desk / "models" / "base")
     before = contents(desk)
     line = f"{MERGE.replace('--base base', '--base models/base')} --output models"
-    assert "holds models/base, which is an input" in refused(capsys, line)
+    assert "holds models/base, which is an input" in error_message(capsys, line)
     assert contents(desk) == before
 
 
@@ -144,7 +144,7 @@ def test_names_in_other_case_are_the_same_file_on_a_case_insensitive_disk(
     shutil.copy(desk / "fox.safetensors", desk / "FOX.safetensors")
     monkeypatch.setattr(os.path, "samefile", same)  # a disk of Windows or of a Mac
     line = "export fox.safetensors --base base --overwrite --output"
-    assert "is an input" in refused(capsys, f"{line} FOX.safetensors")
+    assert "is an input" in error_message(capsys, f"{line} FOX.safetensors")
 
 
 def test_a_model_folder_is_replaced_only_if_it_contains_nothing_else(
@@ -155,12 +155,12 @@ def test_a_model_folder_is_replaced_only_if_it_contains_nothing_else(
         (desk / "merged" / name).parent.mkdir(exist_ok=True)
         (desk / "merged" / name).write_bytes(b"the user's")
         before = contents(desk)
-        assert f"contains {name}, which is no part of a model" in refused(capsys, f"{MERGE} --output merged")
+        assert f"contains {name}, which is no part of a model" in error_message(capsys, f"{MERGE} --output merged")
         assert contents(desk) == before
         (desk / "merged" / name).unlink()
     (desk / "merged" / "vae").rename(desk / "vae")
     (desk / "merged" / "vae").symlink_to(desk / "vae", target_is_directory=True)
-    assert "contains vae" in refused(capsys, f"{MERGE} --output merged")
+    assert "contains vae" in error_message(capsys, f"{MERGE} --output merged")
     (desk / "merged" / "vae").unlink()
     assert main(f"{MERGE}@2 --output merged".split()) == 0
     assert (desk / "merged" / "vae" / "config.json").is_file()
@@ -187,7 +187,7 @@ def test_a_file_of_another_kind_is_not_replaced(
     if other == "out.safetensors":  # of which the average would write the embeddings beside it
         shutil.copy(desk / "sdxl.safetensors", desk / "out_emb.safetensors")
     before = contents(desk)
-    assert "--overwrite replaces" in refused(capsys, f"{line} {other}")
+    assert "--overwrite replaces" in error_message(capsys, f"{line} {other}")
     assert contents(desk) == before
 
 

@@ -1,4 +1,4 @@
-"""`resize` and `extract`: the best LoRA of a rank, and the error that is printed is the true one."""
+"""`resize` and `extract`: the best LoRA of a rank, and its printed error."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def file(pipeline: Any, tmp_path: Path) -> Path:
     return saved(kohya(factors(pipeline)), tmp_path / "fox.safetensors")
 
 
-def missed(capsys: pytest.CaptureFixture[str], arguments: list[str]) -> float:
+def printed_error(capsys: pytest.CaptureFixture[str], arguments: list[str]) -> float:
     """The percentage that the verb prints."""
     capsys.readouterr()
     assert main(arguments) == 0
@@ -51,7 +51,7 @@ def size(values: dict[str, Tensor]) -> float:
 def test_resizing_keeps_the_largest_singular_values(
     pipeline: Any, base: Path, file: Path, capsys: pytest.CaptureFixture[str], rank: int
 ) -> None:
-    printed = missed(capsys, ["resize", str(file), "--rank", str(rank), "--base", str(base)])
+    printed = printed_error(capsys, ["resize", str(file), "--rank", str(rank), "--base", str(base)])
     whole = deltas(pipeline)
     found = as_diffusers_loads(base, file.with_name(f"fox_rank{rank}.safetensors"))
     expected = {name: best(change, rank) for name, change in whole.items()}
@@ -80,7 +80,7 @@ def test_resizing_keeps_format_metadata_and_other_files(
     file = saved(kohya(factors(pipeline)), tmp_path / "fox.safetensors", **old)
     output = tmp_path / "small.safetensors"
     arguments = ["resize", str(file), "--rank", "2", "--base", str(base), "--output", str(output)]
-    missed(capsys, arguments)
+    printed_error(capsys, arguments)
     assert all(name.startswith("lora_") for name in load_file(output))
     with safe_open(output, framework="pt") as written:
         kept = written.metadata()
@@ -118,7 +118,7 @@ def test_extracting_recovers_the_change_of_the_weights(
 ) -> None:
     output = tmp_path / "x.safetensors"
     arguments = ["extract", "--base", str(base), "--tuned", str(tuned), "--rank", str(rank), "--layout", layout]
-    printed = missed(capsys, [*arguments, "--dtype", "fp32", "--output", str(output)])
+    printed = printed_error(capsys, [*arguments, "--dtype", "fp32", "--output", str(output)])
     whole = deltas(pipeline)
     found = as_diffusers_loads(base, output)
     assert found.keys() == whole.keys()

@@ -1,4 +1,4 @@
-"""What each tool makes of each layout: measured layer counts on SDXL's true names, and diffusers itself on a base."""
+"""The layers of each layout that each tool loads: measured counts on SDXL's names, and diffusers itself."""
 
 from __future__ import annotations
 
@@ -460,9 +460,11 @@ def test_diffusers_loads_as_many_layers_as_reported(
     make, source = (OF_ATTENTION[layout], of_attention) if layout in OF_ATTENTION else (OF_ALL[layout], pipeline)
     tensors = make(source, tmp_path / "made.safetensors")
     path = saved(tensors, tmp_path / "x.safetensors")
-    said = next(row for row in tool_support(parse_layers(read_header(path), names(base))) if row.tool == "diffusers")
+    reported = next(
+        row for row in tool_support(parse_layers(read_header(path), names(base))) if row.tool == "diffusers"
+    )
     loaded = applied_by_diffusers(base, path)
-    assert (said.layers, "rejects" in said.note) == (loaded or 0, loaded is None)
+    assert (reported.layers, "rejects" in reported.note) == (loaded or 0, loaded is None)
 
 
 def applied_by_diffusers(base: Path, path: Path) -> int | None:

@@ -1,4 +1,4 @@
-"""Valid paths of a base, a VAE and a LoRA; pickles are refused."""
+"""Valid paths of a base, a VAE and a LoRA; pickles are an error."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Partial files: none after a full disk, and removal of those that killed processes leave."""
+"""Partial files: none after a full disk; those of killed processes are removed."""
 
 from __future__ import annotations
 

@@ -70,9 +70,9 @@ def test_the_error_for_unsaved_paths_lists_the_settings_to_give_again(
         output_dir=str(tmp_path / "x"),
     )
     assert command_line.train_main(["--config", str(run.config_file)]) == 2
-    said = capsys.readouterr().err
-    assert "give --instance_data_dir (it was .../pictures), --init_lora (it was .../old.safetensors) again" in said
-    assert str(tmp_path) not in said
+    error = capsys.readouterr().err
+    assert "give --instance_data_dir (it was .../pictures), --init_lora (it was .../old.safetensors) again" in error
+    assert str(tmp_path) not in error
     again = ["--instance_data_dir", str(tmp_path / "pictures"), "--init_lora", "x"]
     config = parse_config(["--config", str(run.config_file), *again])
     assert config.run.output_dir == str(tmp_path / "x"), "it is beside the file"

@@ -72,9 +72,9 @@ def test_the_error_names_both_settings_and_suggests_a_valid_folder(images: Path,
     written = tmp_path / path
     with pytest.raises(ConfigError) as refused:
         check_separate("output_dir", written, "instance_data_dir", [images])
-    said = str(refused.value)
-    assert f"output_dir={str(written)!r}" in said
-    assert f"instance_data_dir={str(images)!r}" in said
-    assert "\n" not in said
-    offered = Path(said.rpartition("such as ")[2].strip("'"))
+    error = str(refused.value)
+    assert f"output_dir={str(written)!r}" in error
+    assert f"instance_data_dir={str(images)!r}" in error
+    assert "\n" not in error
+    offered = Path(error.rpartition("such as ")[2].strip("'"))
     check_separate("output_dir", offered, "instance_data_dir", [images])
