@@ -11,9 +11,10 @@ from typing import Any
 import pytest
 
 from flatlora_diffusion.commands.command_line import _comparison
-from flatlora_diffusion.commands.train_flags import parse_config
+from flatlora_diffusion.commands.train_flags import COMPARE, parse_config
 from flatlora_diffusion.config import (
     SAMPLES,
+    CompareConfig,
     ConfigError,
     SettingError,
     TrainConfig,
@@ -150,7 +151,8 @@ def test_a_flag_that_the_method_or_schedule_does_not_use_is_an_error(line: str) 
 def test_a_comparison_accepts_settings_of_the_methods_of_its_arms(icons: Path) -> None:
     of_noise = [f"--preset quality {flags}" for flags in ("--sigma 0.2", "--perturb_noise iid")]
     for line in (*UNREAD, *of_noise):
-        config, _ = _comparison([*line.split(), "--instance_data_dir", str(icons)])
+        arguments = [*line.split(), "--instance_data_dir", str(icons)]
+        config, _ = _comparison(arguments, COMPARE, (), CompareConfig())
         assert config.data.instance_data_dir == str(icons)
     assert config.adapter.rank == 16
 
