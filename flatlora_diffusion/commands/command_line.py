@@ -204,7 +204,9 @@ def _evidence(arguments: list[str]) -> None:
 def _has_bf16() -> bool:
     import torch
 
-    return torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
+    from flatlora_diffusion.sdxl.device import has_bf16
+
+    return torch.cuda.is_available() and has_bf16(torch.device("cuda"))
 
 
 def _comparison(

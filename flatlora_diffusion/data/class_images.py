@@ -14,7 +14,7 @@ from tqdm import tqdm
 from flatlora_diffusion.config import ModelConfig, TrainConfig
 from flatlora_diffusion.data.dataset import Sample, load_samples
 from flatlora_diffusion.data.images import find_images
-from flatlora_diffusion.sdxl.device import DTYPES, this_process
+from flatlora_diffusion.sdxl.device import DTYPES, check_precision, this_process
 from flatlora_diffusion.sdxl.pipeline import Sdxl, load_sdxl
 from flatlora_diffusion.sdxl.sampling import generate_images
 from flatlora_diffusion.storage.atomic_io import atomic_write, explain_write_errors
@@ -61,6 +61,7 @@ def _generate(config: TrainConfig, folder: Path, numbers: Sequence[int], device:
     """Generate the images of these numbers into `folder`; each seed is a function of (seed, number)."""
     data, seed = config.data, config.run.seed
     assert seed is not None
+    check_precision("prior_generation_precision", data.prior_generation_precision, device)
     default = torch.float16 if device.type == "cuda" else torch.float32
     dtype = default if data.prior_generation_precision is None else DTYPES[data.prior_generation_precision]
     sdxl = _load_on(config.model, device, dtype)

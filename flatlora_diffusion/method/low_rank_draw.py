@@ -73,11 +73,13 @@ class LowRankDraw(Draw):
             return None
         dtype = compute_dtype(x.device, branch[0].dtype)
         factors = self._pair(layer.name, dtype)
-        plain = layer.plain_weight_and_bias(dtype) if x.dtype == dtype else None
+        # Autocast would cast x once for the base layer and once for the LoRA, and sum their gradients in fp32.
+        is_castable = x.dtype == dtype or dtype != branch[0].dtype
+        plain = layer.plain_weight_and_bias(dtype) if is_castable else None
         if plain is None:
             output: Tensor = _PerturbedLayer.apply(x.to(dtype), layer.base_hook.forward(x), None, *branch, *factors)
         else:
-            output = _PerturbedLayer.apply(x, plain[1], plain[0], *branch, *factors)
+            output = _PerturbedLayer.apply(x.to(dtype), plain[1], plain[0], *branch, *factors)
         return output
 
     def _product(self, layer: AdaptedLayer, x: Tensor) -> Tensor:

@@ -226,8 +226,8 @@ def train_step(state: TrainState, step: int) -> float:
     if ascent_values:
         perturbed_loss, first_order = ascent_values
         state.progress.loss_increase = _loss_increase(loss, perturbed_loss, first_order / loss_scale(accelerator))
+    state.progress.draws = draws.hexdigest()  # before the update, for which the device would have to be waited for
     _update(state, step, is_finite=math.isfinite(gradient_norm))
-    state.progress.draws = draws.hexdigest()
     return loss
 
 

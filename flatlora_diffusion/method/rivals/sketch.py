@@ -11,6 +11,7 @@ micro-batches or processes) is the sketch of the sum of their sketches.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
@@ -44,6 +45,11 @@ class Sketches:
         self._seed, self._step = seed, step
         self._pairs: dict[AdaptedLayer, _Pair] = {}
         self._projections: dict[tuple[int, torch.device], Tensor] = {}
+
+    def sample_projections(self, layers: Iterable[AdaptedLayer]) -> None:
+        """Sample P of all layers before the passes: a copy to the device inside backward would wait for the device."""
+        for layer in layers:
+            self._projection(layer.inputs, layer.base.weight.device)
 
     def add(self, layer: AdaptedLayer, x: Tensor, output_grad: Tensor) -> None:
         """Add the gradient of a call of `layer`; see `GradientSink`."""
