@@ -70,7 +70,7 @@ def _generate(config: TrainConfig, folder: Path, numbers: Sequence[int], device:
         part = numbers[start : start + data.sample_batch_size]
         prompts = [str(data.class_prompt)] * len(part)
         seeds = [derive_seed(seed, "class_image", number) for number in part]
-        images = generate_images(sdxl, prompts, seeds, size, batch_size=data.sample_batch_size)
+        images = generate_images(sdxl, prompts, seeds, size, batch_size=data.sample_batch_size, must_be_finite=True)
         for number, image in zip(part, images, strict=True):
             path = folder / f"class-{number:04d}.png"
             while path.exists():  # the user's own file is never overwritten

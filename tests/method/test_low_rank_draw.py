@@ -93,6 +93,16 @@ def test_a_perturbed_pass_has_no_matrix_product_more_than_plain_lora() -> None:
     assert not {"aten::normal_", "aten::randn"} & {name for name in ours if ours[name] > plain[name]}
 
 
+def test_large_inputs_in_fp16_do_not_overflow_in_the_branch() -> None:
+    with seeded(0):
+        model = get_peft_model(nn.Sequential(nn.Linear(1600, 8)), Adapter(rank=16).config(("0",)))
+    x = normal(1, 5, 1600) * 2000
+    half = copy.deepcopy(model).half()
+    with low_rank(model).perturb(0), low_rank(half).perturb(0):
+        exact, rounded = model(x), half(x.half())
+    assert (rounded - exact).norm() < 0.01 * exact.norm()
+
+
 class Casts(TorchDispatchMode):
     """The dtypes that tensors of a shape are cast to."""
 
