@@ -1,4 +1,4 @@
-# `make demo` and `make test` do all their own set-up in .venv. Windows without make: see README, "Without make".
+# `make demo` and `make test` do all their own set-up in .venv. Without make: see CONTRIBUTING.md.
 PYTHON ?= python3
 # The versions last tested; `make LOCK= ...` takes the newest that pyproject.toml allows.
 LOCK ?= requirements.lock

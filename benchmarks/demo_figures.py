@@ -109,7 +109,7 @@ def sentences(result: Result) -> list[str]:
     return [
         f"on 2 CPU cores, {result['of']}",
         f"from {base['heldout_similarity']:.3f} to {similar:.3f} at least",
-        f"the judge sees 3D in them at {style[0]}, {style[1]} and {style[2]}, where real icons have 0.85",
+        f"the judge gives a 3D style of {style[0]}, {style[1]} and {style[2]}, where real icons have 0.85",
         f"up to {copied:.0%} lie above the threshold for copies".replace("%", " %"),
         f"step {advice[LORA]['checkpoint']} of 150",
         f"a step of Flat-LoRA takes {ratios[FLAT][1]:.2f} times as long as one of LoRA",

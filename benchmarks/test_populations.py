@@ -66,7 +66,9 @@ def test_the_average_is_better_where_both_forget_as_much_in_two_styles_as_the_re
 
 def test_a_lora_of_three_times_the_rank_does_as_much_on_what_the_base_knows_as_the_readme_says(study: Study) -> None:
     readme = " ".join(README.read_text(encoding="utf-8").split())
-    assert "one LoRA of three times the rank did as much in one style" in readme
+    assert "one LoRA of three times the rank did as much in one style, and the average of three of that rank" in readme
+    higher, _ = compared(study, "average of 3 of rank 12", study.groups("average of 3 of rank 12"))
+    assert all(interval(higher[name].equal)[1] < 0 for name in POPULATIONS), "less one LoRA of rank 12"
     rank_12, average = (compared(study, name, study.groups(name))[0] for name in ("rank 12", AVERAGE))
     for name in ("known 200", "known 615"):
         low, high = interval(rank_12[name].equal)
@@ -75,6 +77,12 @@ def test_a_lora_of_three_times_the_rank_does_as_much_on_what_the_base_knows_as_t
         assert low < other.mean < high
     low, high = interval(rank_12["unknown"].equal)
     assert low < 0 < high
+
+
+def test_dora_is_better_in_every_population_as_the_guide_says(study: Study) -> None:
+    dora, _ = compared(study, "DoRA", study.groups("DoRA"))
+    assert all(interval(dora[name].equal)[1] < 0 for name in POPULATIONS)
+    assert "had a lower loss than LoRA on every population" in " ".join(CHOOSING.read_text(encoding="utf-8").split())
 
 
 def test_two_members_give_about_70_percent_of_three_as_the_guide_says(study: Study) -> None:

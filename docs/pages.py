@@ -1,4 +1,4 @@
-"""Pages that `make docs` makes: home, contributing and changelog from the root, the settings from the code."""
+"""Pages that `make docs` generates: home, contributing and changelog from the root, all settings from the code."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ ROOT = Path(__file__).parents[1]
 VERBS = {
     "generate": commands.GenerateConfig,
     "compare": commands.CompareConfig,
+    "evidence": commands.EvidenceConfig,
     "flatness": commands.FlatnessConfig,
     "average": commands.AverageConfig,
     "merge": commands.MergeConfig,
@@ -30,7 +31,7 @@ PYTHON = ("FlatLora", "FlatLoraCallback", "TrainConfig", "train", "peft_flatness
 
 
 def on_files(files: Any, config: Any) -> Any:
-    """Add the pages that are made."""
+    """Add the generated pages (a hook of mkdocs)."""
     from mkdocs.structure.files import File  # of the extra `docs`
 
     pages = {
@@ -46,14 +47,14 @@ def on_files(files: Any, config: Any) -> Any:
 
 
 def on_page_markdown(markdown: str, **_: Any) -> str:
-    """A page of `docs/` with its links to files of the root as they are in the site; other files have no page."""
+    """Adapt the links of a page to the site (a hook of mkdocs); links to files without a page become text."""
     markdown = markdown.replace("](../CONTRIBUTING.md)", "](contributing.md)")
     markdown = markdown.replace("](../CHANGELOG.md)", "](changelog.md)")
     return re.sub(r"\[([^]]+)\]\(\.\./(?:examples|samples|notebooks)/[^)]*\)", r"\1", markdown)
 
 
 def from_root(name: str) -> str:
-    """A page of the root, its links as they are from `docs/`."""
+    """Read a page of the root and make its links relative to `docs/`."""
     text = (ROOT / name).read_text(encoding="utf-8")
     text = text.replace("](CONTRIBUTING.md)", "](contributing.md)").replace("](CHANGELOG.md)", "](changelog.md)")
     text = re.sub(r"\]\(docs/", "](", text)
@@ -61,7 +62,7 @@ def from_root(name: str) -> str:
 
 
 def settings_page() -> str:
-    """Every setting of `flatlora train` by section, then those of the other verbs."""
+    """Return the page of all settings: of `flatlora train` by section, then of the other verbs."""
     lines = ["# All settings", "", "Each setting of `train` is a flag `--NAME` and a key of `config.json`."]
     for section, flags in by_section(TrainConfig()).items():
         lines += ["", f"## train: {section}", "", *table(flags)]
@@ -71,15 +72,15 @@ def settings_page() -> str:
 
 
 def by_section(settings: Any) -> dict[str, list[Flag]]:
-    """The flags of each section, by its title."""
-    found: dict[str, list[Flag]] = {}
+    """Group the flags of `settings` by the title of their section."""
+    sections: dict[str, list[Flag]] = {}
     for flag in flags_of(settings).values():
-        found.setdefault(flag.section, []).append(flag)
-    return found
+        sections.setdefault(flag.section, []).append(flag)
+    return sections
 
 
 def table(flags: Iterable[Flag]) -> Iterator[str]:
-    """A row for each flag."""
+    """Yield the lines of a table with a row per flag."""
     yield "| setting | default | allowed | what it does |"
     yield "|---|---|---|---|"
     for flag in flags:
@@ -90,11 +91,12 @@ def table(flags: Iterable[Flag]) -> Iterator[str]:
 
 
 def python_page() -> str:
+    """Return the page of the Python interface, whose docstrings mkdocstrings inserts."""
     return "# Python\n\n" + "\n\n".join(f"::: flatlora_diffusion.{home(name)}" for name in PYTHON) + "\n"
 
 
 def home(name: str) -> str:
-    """Where a public name is defined, below the package."""
+    """Return the path of a public name within the package."""
     import flatlora_diffusion
 
     return getattr(flatlora_diffusion, name).__module__.removeprefix("flatlora_diffusion.") + f".{name}"

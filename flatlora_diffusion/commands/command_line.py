@@ -28,14 +28,23 @@ from flatlora_diffusion.commands.lora_verbs import (
     merge_verb,
     resize_verb,
 )
-from flatlora_diffusion.commands.train_flags import COMPARE, DEMO, EVIDENCE, parse_comparison, parse_training
+from flatlora_diffusion.commands.train_flags import (
+    COMPARE,
+    DEMO,
+    EVIDENCE,
+    Options,
+    parse_comparison,
+    parse_training,
+)
 from flatlora_diffusion.commands.verb_settings import hide_library_bars, log_base, verb_settings
-from flatlora_diffusion.compare.evidence_defaults import BASE_FLAGS, DEFAULTS
+from flatlora_diffusion.compare.evidence_check import read_evidence, report_row
+from flatlora_diffusion.compare.evidence_defaults import BASE_FLAGS, DEFAULTS, PART_FLAGS, PARTS, Part
 from flatlora_diffusion.config import (
     QUIET_VARIABLE,
     CaptionConfig,
     CompareConfig,
     ConfigError,
+    EvidenceConfig,
     FlatnessConfig,
     GenerateConfig,
     ModelConfig,
@@ -101,7 +110,7 @@ def _verbs() -> dict[str, Verb]:
         ),
         "train": Verb(_train, "train a LoRA or Flat-LoRA on a folder of images"),
         "compare": Verb(_compare, "train methods under equal conditions and report their differences"),
-        "evidence": Verb(_evidence, "compare on real SDXL: 23 icons, 3 seeds, a 12 GB GPU with bf16"),
+        "evidence": Verb(_evidence, "compare on real SDXL with 23 icons: a GPU of 12 GB with bf16, or a T4"),
         "generate": Verb(_generate, "draw prompts with the base and with LoRAs at several strengths"),
         "flatness": Verb(_flatness, "measure the flatness of the loss around finished runs"),
         "app": Verb(_app, "train, compare and generate in the browser"),
@@ -168,7 +177,7 @@ def _caption(arguments: list[str]) -> None:
 
 def _demo(arguments: list[str]) -> None:
     defaults = ["--preset", "demo", "--guidance_scale", DEMO_GUIDANCE, "--no_controls", "--arms", *DEMO_ARMS]
-    _run_comparison(*_comparison(arguments, DEMO, defaults), has_remedy=False)
+    _run_comparison(*_comparison(arguments, DEMO, defaults, CompareConfig()), has_remedy=False)
 
 
 def _has_flag(name: str, arguments: list[str]) -> bool:
@@ -176,7 +185,7 @@ def _has_flag(name: str, arguments: list[str]) -> bool:
 
 
 def _compare(arguments: list[str]) -> None:
-    _run_comparison(*_comparison(arguments, COMPARE))
+    _run_comparison(*_comparison(arguments, COMPARE, (), CompareConfig()))
 
 
 def _run_comparison(config: TrainConfig, options: CompareConfig, has_remedy: bool = True) -> None:
@@ -189,30 +198,31 @@ def _run_comparison(config: TrainConfig, options: CompareConfig, has_remedy: boo
 
 def _evidence(arguments: list[str]) -> None:
     base = () if _has_flag("pretrained_model_name_or_path", arguments) else BASE_FLAGS
-    config, options = _comparison(arguments, EVIDENCE, (*DEFAULTS, *base))
-    log_base(config.model)
-    from flatlora_diffusion.compare.evidence import evidence
+    config, options = _comparison(arguments, EVIDENCE, (*DEFAULTS, *base), EvidenceConfig())
+    if options.check is not None:
+        print(report_row(read_evidence(Path(options.check))))
+        return
+    is_own = any(_has_flag(name, arguments) for name in PART_FLAGS)
+    parts = [Part("your comparison", options.arms, options.num_seeds, options.controls)] if is_own else PARTS
+    from flatlora_diffusion.compare.evidence import evidence, settings_for_gpu
 
-    if config.optim.mixed_precision is None and _has_bf16():
-        config = config.replace(mixed_precision="bf16")
+    config = settings_for_gpu(config, options.gpu, options.rehearse)
+    if options.rehearse:
+        from flatlora_diffusion.compare.rehearsal import rehearsal_lines
+
+        print("\n".join(rehearsal_lines(config, options, parts)))
+        return
+    log_base(config.model)
     hide_library_bars()
-    file = evidence(config, options)
+    file = evidence(config, options, parts)
     _print_report(file.parent, config.model)
     print(f"Figures     {file}: contains no personal data; please post it in an issue")
 
 
-def _has_bf16() -> bool:
-    import torch
-
-    from flatlora_diffusion.sdxl.device import has_bf16
-
-    return torch.cuda.is_available() and has_bf16(torch.device("cuda"))
-
-
 def _comparison(
-    arguments: Sequence[str], page: HelpPage = COMPARE, defaults: Sequence[str] = ()
-) -> tuple[TrainConfig, CompareConfig]:
-    config, options = parse_comparison(page, defaults, arguments)
+    arguments: Sequence[str], page: HelpPage, defaults: Sequence[str], options: Options
+) -> tuple[TrainConfig, Options]:
+    config, options = parse_comparison(page, defaults, arguments, options)
     config = _validated(config)
     if config.run.seed is None:  # a random seed would train everything again when the command is repeated
         config = config.replace(seed=0)

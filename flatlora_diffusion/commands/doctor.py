@@ -243,7 +243,7 @@ def port(number: int) -> Finding:
             probe.bind(("127.0.0.1", number))
         except OSError as error:
             fact = f"{number} cannot be used ({error.strerror})"
-            return Finding("problem", "port", fact, "start the app with another --port, unless it is already running")
+            return Finding("note", "port", fact, "start the app with another --port, unless it is already running")
     return Finding("ok", "port", f"{number} is free for the app")
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from flatlora_diffusion.commands.flags import Flag, flags_of, read_flags, with_values
 from flatlora_diffusion.commands.help_page import HelpPage, requested_help, show_help
@@ -66,10 +66,11 @@ DEMO = HelpPage(
 )
 EVIDENCE = HelpPage(
     "evidence",
-    "Compare Flat-LoRA with LoRA on real SDXL, on the sample icons with three seeds, and write figures for posting. "
-    "Needs a GPU of 12 GB with bf16, and downloads the base and two encoders. It is `compare` with other defaults, "
-    "and takes all of its flags.",
+    "Compare LoRA, Flat-LoRA, the average of three LoRAs and SAM on real SDXL, on the sample icons, part by part, and "
+    "write figures for posting after each part. Needs a GPU of 12 GB with bf16, or a T4, and downloads the base and "
+    "two encoders. It is `compare` with other defaults, and takes all of its flags.",
     common=(
+        *("hours", "rehearse", "check", "gpu"),
         *("output_dir", "pretrained_model_name_or_path", "instance_data_dir", "heldout_dir", "resolution"),
         *("arms", "num_seeds", "max_train_steps", "mixed_precision", "encoders", "lpips", "workers"),
     ),
@@ -102,21 +103,25 @@ def parse_training(arguments: Sequence[str]) -> tuple[TrainConfig, WorkersConfig
     return config, workers
 
 
+Options = TypeVar("Options", bound=CompareConfig)
+
+
 def parse_comparison(
-    page: HelpPage, defaults: Sequence[str], arguments: Sequence[str]
-) -> tuple[TrainConfig, CompareConfig]:
+    page: HelpPage, defaults: Sequence[str], arguments: Sequence[str], options: Options
+) -> tuple[TrainConfig, Options]:
     """Read the settings of a comparison, whose arms replace the preset's method; print help and exit if requested.
 
     Args:
         defaults: Flags that `arguments` override.
+        options: The default settings of the comparison.
 
     Raises:
         ConfigError: As `parse_training`.
     """
-    flags = {**flags_of(CompareConfig()), **flags_of(Sources()), **flags_of(TrainConfig())}
+    flags = {**flags_of(options), **flags_of(Sources()), **flags_of(TrainConfig())}
     kind = requested_help(arguments)
     given = read_flags([*defaults, *([] if kind else arguments)], flags)
-    config, options = _build_config(given, has_arms=True), with_values(CompareConfig(), given)
+    config, options = _build_config(given, has_arms=True), with_values(options, given)
     if kind:
         sources: Mapping[str, Flag] = flags_of(with_values(Sources(), given))
         show_help(page, {**flags_of(options), **sources, **flags_of(config)}, kind)

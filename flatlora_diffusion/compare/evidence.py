@@ -1,13 +1,15 @@
-"""`evidence`: a comparison on real SDXL, and its figures without personal data in one JSON file for users to post."""
+"""`evidence`: comparisons on real SDXL, and their figures without personal data in one JSON file for users to post."""
 
 from __future__ import annotations
 
 import json
 import logging
 import platform
-from collections.abc import Mapping
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from huggingface_hub import try_to_load_from_cache
@@ -15,8 +17,13 @@ from huggingface_hub.errors import HFValidationError
 
 from flatlora_diffusion.compare.arms import run_folder
 from flatlora_diffusion.compare.comparison import compare
-from flatlora_diffusion.compare.evidence_defaults import BASE, ENCODERS
-from flatlora_diffusion.config import TINY, CompareConfig, TrainConfig, choices_of, setting_hints
+from flatlora_diffusion.compare.evidence_check import SCHEMA
+from flatlora_diffusion.compare.evidence_defaults import BASE, DOWNLOADS, PARTS, Part
+from flatlora_diffusion.compare.experiment import read_experiment
+from flatlora_diffusion.compare.inputs import free_gpu_memory
+from flatlora_diffusion.compare.plan_lines import expected_seconds
+from flatlora_diffusion.compare.timing import duration_text
+from flatlora_diffusion.config import TINY, CompareConfig, EvidenceConfig, TrainConfig, choices_of, setting_hints
 from flatlora_diffusion.storage.atomic_io import write_json
 from flatlora_diffusion.storage.run_dir import RunDir
 from flatlora_diffusion.storage.versions import PROGRAM, __version__
@@ -24,28 +31,69 @@ from flatlora_diffusion.storage.versions import PROGRAM, __version__
 logger = logging.getLogger(__name__)
 
 FILE = "evidence.json"
-_DOWNLOADS = {BASE: 6.9e9, ENCODERS[0]: 1.7e9, ENCODERS[1]: 0.35e9}  # bytes; the base in half precision
 _GB = 1e9
 # Settings of type text that contain nothing personal.
 _PUBLIC_TEXTS = ("lora_target_modules", "lora_unet_blocks", "lora_block_ranks", "background_color")
 
 
-def evidence(config: TrainConfig, options: CompareConfig) -> Path:
-    """Run the comparison and write evidence.json beside its report; return its path. Raises as `compare`."""
+def evidence(config: TrainConfig, options: EvidenceConfig, parts: Sequence[Part] = PARTS) -> Path:
+    """Run the parts in order; return the path of evidence.json, which each part writes anew beside its report.
+
+    The same call resumes after a stop. With `options.hours` a part that is expected to end too late does not start.
+
+    Args:
+        config: The settings of the trainings, as from `settings_for_gpu`.
+        parts: The comparisons; the first always runs.
+
+    Raises:
+        ConfigError, RunError: As `compare`.
+    """
+    start_time = time.monotonic()
     note = downloads(config, options)
     if note:
         logger.info("%s", note)
-    folder = compare(config, options)
-    file = folder / FILE
-    write_json(file, public_figures(folder))
+    for number, part in enumerate(parts, 1):
+        comparison = _options_of(part, options)
+        if number > 1 and options.hours is not None:
+            needed = expected_seconds(read_experiment(config, comparison))
+            left = 3600 * options.hours - (time.monotonic() - start_time)
+            if sum(needed) > left:
+                text = f"takes about {duration_text(sum(needed))}, and {duration_text(max(left, 0))} are left"
+                logger.info("Part %d of %d, %s, %s: repeat the command to run it", number, len(parts), part.name, text)
+                break
+        logger.info("Part %d of %d: %s", number, len(parts), part.name)
+        folder = compare(config, comparison)
+        file = folder / FILE
+        write_json(file, public_figures(folder))
+        logger.info("%s has the figures of %s", file, part.name)
+        free_gpu_memory()  # for the trainings of the next part
     return file
+
+
+def settings_for_gpu(config: TrainConfig, gpu: Literal["t4"] | None, is_rehearsal: bool = False) -> TrainConfig:
+    """Set precision and offloading for a GPU without bf16, such as a T4; otherwise bf16 if the GPU has it.
+
+    A given `mixed_precision` wins. A rehearsal without a GPU is for a T4.
+    """
+    has_gpu = torch.cuda.is_available()
+    has_bf16 = has_gpu and torch.cuda.is_bf16_supported(including_emulation=False)
+    is_t4 = gpu == "t4" or (not has_bf16 and (has_gpu or is_rehearsal))
+    default = "fp16" if is_t4 and (has_gpu or is_rehearsal) else "bf16" if has_bf16 else None
+    precision = config.optim.mixed_precision or default
+    return config.replace(mixed_precision=precision, offload=config.model.offload or is_t4)
+
+
+def _options_of(part: Part, options: EvidenceConfig) -> CompareConfig:
+    """The settings of `compare` for a part, whose arms, seeds and controls replace those of `options`."""
+    values = {field.name: getattr(options, field.name) for field in fields(CompareConfig)}
+    return CompareConfig(**{**values, "arms": part.arms, "num_seeds": part.num_seeds, "controls": part.controls})
 
 
 def downloads(config: TrainConfig, options: CompareConfig) -> str:
     """Name the models that must be downloaded first, with their size; empty if there are none."""
     names = [config.model.pretrained_model_name_or_path, *options.encoders]
-    missing = [name for name in names if name in _DOWNLOADS and not _is_downloaded(name)]
-    total = sum(_DOWNLOADS[name] for name in missing)
+    missing = [name for name in names if name in DOWNLOADS and not _is_downloaded(name)]
+    total = sum(DOWNLOADS[name] for name in missing)
     return f"Downloading about {total / _GB:.1f} GB first: {', '.join(missing)}" if missing else ""
 
 
@@ -57,6 +105,7 @@ def public_figures(folder: Path) -> dict[str, Any]:
     result = json.loads((folder / "compare.json").read_text(encoding="utf-8"))
     runs = [RunDir(run_folder(folder, arm, seed)) for arm, seeds in result["values"].items() for seed in seeds]
     return {
+        "schema": SCHEMA,
         "program": PROGRAM,
         "version": __version__,
         "system": f"{platform.system()} {platform.machine()}",
@@ -114,7 +163,7 @@ def _public_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _public_name(name: str) -> str:
-    return name if name in (TINY, "judge", *_DOWNLOADS) else "another one"
+    return name if name in (TINY, "judge", *DOWNLOADS) else "another one"
 
 
 def _is_downloaded(name: str) -> bool:

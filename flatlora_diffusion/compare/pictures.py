@@ -17,6 +17,7 @@ from flatlora_diffusion.storage.atomic_io import atomic_write, file_sha256
 from flatlora_diffusion.storage.hashing import base_fingerprint
 
 Key = tuple[str, int]  # prompt, seed
+_BATCH, _PIXELS = 8, 1024**2  # limits of a batch: a stop loses one, and it takes no more memory than one SDXL image
 
 
 class PictureGenerator:
@@ -54,13 +55,18 @@ class PictureGenerator:
         return [self._cache / f"{hashlib.sha256(text.encode()).hexdigest()[:24]}.png" for text in identities]
 
     def _draw(self, files: Mapping[Key, Path]) -> None:
+        """Draw in batches and save each. Chunks of what is missing are the same again after a stop between batches."""
         resolution, steps, guidance = self._settings
         self._cache.mkdir(parents=True, exist_ok=True)
-        # Batch size 1: a picture must not depend on which others are missing, and a stop must not lose drawn pictures.
-        for (prompt, seed), file in files.items():
-            (image,) = generate_images(self._sdxl, [prompt], [seed], resolution, steps, guidance, batch_size=1)
-            with atomic_write(file) as temporary:
-                image.save(temporary, format="PNG")
+        items = list(files.items())
+        batch_size = max(1, min(_BATCH, _PIXELS // resolution**2))
+        for start in range(0, len(items), batch_size):
+            keys, paths = zip(*items[start : start + batch_size], strict=True)
+            prompts, seeds = zip(*keys, strict=True)
+            images = generate_images(self._sdxl, prompts, seeds, resolution, steps, guidance, batch_size)
+            for path, image in zip(paths, images, strict=True):
+                with atomic_write(path) as temporary:
+                    image.save(temporary, format="PNG")
 
 
 def read_picture(file: Path) -> Image.Image:

@@ -40,10 +40,24 @@ def plan_lines(experiment: Experiment) -> Iterator[str]:
 
 
 def expected_duration(experiment: Experiment) -> str:
-    """Estimate the duration from the remaining passes of the UNet and the time of a pass on this machine."""
+    """Describe the expected duration."""
     options = experiment.options
     if options.cluster is not None:
         return "The progress bar will show how long the cluster takes"
+    until_grid, after = expected_seconds(experiment)
+    if until_grid + after == 0:
+        return "Everything is done already"
+    pictures = f"; the pictures are ready after {duration_text(until_grid)}" if until_grid else ""
+    parallel = f", less with {options.workers} trainings in parallel" if options.trains_at_once else ""
+    basis = "the steps of its earlier runs" if step_seconds(experiment.runs) else "the time to draw a picture"
+    return f"About {duration_text(until_grid + after)} on this machine, estimated from {basis}{parallel}{pictures}"
+
+
+def expected_seconds(experiment: Experiment) -> tuple[float, float]:
+    """Estimate the seconds until the pictures are drawn, and the seconds after that.
+
+    Loads the base to time a pass through the UNet on this machine, which is multiplied by the remaining passes.
+    """
     evaluator, sdxl = experiment.evaluator([planned for planned in experiment.arm_runs if planned.is_finished])
     pass_seconds = seconds_per_pass(sdxl, experiment.config.data.resolution or sdxl.resolution)
     drawing = sum(item.passes for item in experiment.drawing_items(evaluator))
@@ -53,18 +67,13 @@ def expected_duration(experiment: Experiment) -> str:
     after += (sum(item.passes for item in items) - drawing) * pass_seconds
     del evaluator, sdxl
     free_gpu_memory()  # for the trainings
-    if until_grid + after == 0:
-        return "Everything is done already"
-    pictures = f"; the pictures are ready after {duration_text(until_grid)}" if until_grid else ""
-    parallel = f", less with {options.workers} trainings in parallel" if options.trains_at_once else ""
-    basis = "the steps of its earlier runs" if step_seconds(experiment.runs) else "the time to draw a picture"
-    return f"About {duration_text(until_grid + after)} on this machine, estimated from {basis}{parallel}{pictures}"
+    return until_grid, after
 
 
 def disk_bytes(experiment: Experiment) -> int:
     """Estimate the bytes of the runs and pictures that do not exist yet."""
     runs = experiment.runs
-    total = sum(_run_bytes(planned) for planned in runs if not planned.is_finished)
+    total = sum(run_bytes(planned) for planned in runs if not planned.is_finished)
     if any(not planned.is_finished for planned in runs):
         total += class_images_need(experiment.config)
     prompts = experiment.inputs.prompts
@@ -73,7 +82,7 @@ def disk_bytes(experiment: Experiment) -> int:
     return total + int(max(0, pictures - existing) * PIXEL * resolution_of(experiment.config) ** 2)
 
 
-def _run_bytes(planned: PlannedRun) -> int:
+def run_bytes(planned: PlannedRun) -> int:
     """The bytes of the rest of a run and of its folds, each of which keeps its best and last checkpoints."""
     need, config = disk_need(planned.config), planned.config
     existing = len(planned.run.checkpoints()) if planned.is_resumable else 0

@@ -16,6 +16,7 @@ from flatlora_diffusion.config.commands import (
     CaptionConfig as CaptionConfig,
     CompareConfig as CompareConfig,
     DoctorConfig as DoctorConfig,
+    EvidenceConfig as EvidenceConfig,
     ExportConfig as ExportConfig,
     ExtractConfig as ExtractConfig,
     FileLayout as FileLayout,

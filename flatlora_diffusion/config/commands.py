@@ -269,6 +269,24 @@ class CompareConfig(WorkersConfig):
 
 
 @dataclass(frozen=True)
+class EvidenceConfig(CompareConfig):
+    """The settings of `evidence` in addition to those of `compare`."""
+
+    gpu: Literal["t4"] | None = setting(
+        None, "t4: compute in fp16 and move unused models off the GPU; default: t4 on a GPU without bf16"
+    )
+    hours: float | None = setting(
+        None, "start no further part that would not end within this many hours; default: all parts", min=0.1, max=1000
+    )
+    rehearse: bool = setting(
+        False, "print the estimated GPU memory, CPU memory and disk space of each phase, and exit; needs no GPU"
+    )
+    check: str | None = setting(
+        None, "check an evidence.json, print its row for the table of reports, and exit; needs no GPU"
+    )
+
+
+@dataclass(frozen=True)
 class LandscapeConfig(Section):
     """The settings of the loss landscape around merged weights W': noise, slices and surface."""
 

@@ -30,6 +30,8 @@ class CpuEstimate:
         class_images: the same for the base that generates class images.
         offloaded: the models that --offload keeps on the CPU.
         latents, prompts: cached latents and prompt embeddings.
+        mapped: part of `loading` that is mapped from files in the run's precision: the system can drop these pages.
+            Loading 6.5 GiB in their own precision with diffusers 0.42 took 0.6 GiB of other memory.
     """
 
     loading: int
@@ -37,6 +39,7 @@ class CpuEstimate:
     offloaded: int
     latents: int
     prompts: int
+    mapped: int
 
     @property
     def total(self) -> int:
@@ -64,6 +67,7 @@ def estimate_cpu_memory(config: TrainConfig, samples: Sequence[Sample]) -> CpuEs
         else 0,
         latents=(len(samples) + squares) * _POSTERIOR * channels * side**2 if data.cache_latents else 0,
         prompts=0 if config.encodes_in_steps else len(captions) * _prompt_numbers(model) * dtype.itemsize,
+        mapped=_mapped(model, dtype),
     )
 
 
@@ -94,6 +98,12 @@ def _loading(model: ModelConfig, dtype: torch.dtype) -> int:
     ]
     open_files = sum(cast) if _single_file(model) is not None else max(cast, default=0)
     return sum(counts[part] * _loaded_as(part, dtype).itemsize for part in PREFIXES) + int(open_files)
+
+
+def _mapped(model: ModelConfig, dtype: torch.dtype) -> int:
+    """Return the bytes of the parts whose file has the precision they are loaded in."""
+    parts = [part for part in PREFIXES if _file_dtype(model, part) == _loaded_as(part, dtype)]
+    return sum(weight_count(model, part) * _loaded_as(part, dtype).itemsize for part in parts)
 
 
 def _loaded_as(part: str, dtype: torch.dtype) -> torch.dtype:

@@ -1,4 +1,4 @@
-"""What a user types: wrong input is one sentence and exit code 2."""
+"""The command line: wrong input is an error of one sentence with exit code 2."""
 
 from __future__ import annotations
 
@@ -30,37 +30,37 @@ def empty(tmp_path: Path) -> Path:
     return folder
 
 
-def complaint(capsys: pytest.CaptureFixture[str], arguments: list[str]) -> str:
+def error_message(capsys: pytest.CaptureFixture[str], arguments: list[str]) -> str:
     assert train_main(arguments) == 2
     lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
     assert len(lines) == 1
     return lines[0]
 
 
-def test_missing_images(capsys: pytest.CaptureFixture[str], empty: Path) -> None:
-    assert "--instance_data_dir is missing" in complaint(capsys, [])
-    assert "has no readable image" in complaint(capsys, ["--instance_data_dir", str(empty)])
-    assert "nowhere" in complaint(capsys, ["--instance_data_dir", str(empty / "nowhere")])
+def test_missing_images_are_an_error(capsys: pytest.CaptureFixture[str], empty: Path) -> None:
+    assert "--instance_data_dir is missing" in error_message(capsys, [])
+    assert "has no readable image" in error_message(capsys, ["--instance_data_dir", str(empty)])
+    assert "nowhere" in error_message(capsys, ["--instance_data_dir", str(empty / "nowhere")])
 
 
-def test_missing_caption(capsys: pytest.CaptureFixture[str], empty: Path) -> None:
+def test_a_missing_caption_is_an_error(capsys: pytest.CaptureFixture[str], empty: Path) -> None:
     Image.new("RGB", (8, 8)).save(empty / "fox.png")
-    error = complaint(capsys, ["--instance_data_dir", str(empty)])
+    error = error_message(capsys, ["--instance_data_dir", str(empty)])
     assert "fox.png has no caption" in error
     assert "--instance_prompt" in error
 
 
-def test_no_model_there(capsys: pytest.CaptureFixture[str], icons: Path, empty: Path) -> None:
+def test_a_missing_model_is_an_error(capsys: pytest.CaptureFixture[str], icons: Path, empty: Path) -> None:
     arguments = ["--instance_data_dir", str(icons), "--pretrained_model_name_or_path"]
-    assert "without model_index.json" in complaint(capsys, [*arguments, str(empty)])
-    assert "does not exist: there is no such folder" in complaint(capsys, [*arguments, str(empty / "nowhere")])
+    assert "without model_index.json" in error_message(capsys, [*arguments, str(empty)])
+    assert "does not exist: there is no such folder" in error_message(capsys, [*arguments, str(empty / "nowhere")])
 
 
 @pytest.mark.parametrize(
     "setting", ["pretrained_model_name_or_path", "pretrained_vae_model_name_or_path", "init_lora"]
 )
 @pytest.mark.parametrize("name", ["model.ckpt", "model.bin", "nowhere.safetensors", "nowhere"])
-def test_a_pickle_and_what_is_not_there_are_refused_before_torch_is_imported(
+def test_pickles_and_missing_files_are_errors_before_torch_is_imported(
     capsys: pytest.CaptureFixture[str],
     icons: Path,
     tmp_path: Path,
@@ -73,7 +73,7 @@ def test_a_pickle_and_what_is_not_there_are_refused_before_torch_is_imported(
     if "nowhere" not in name:
         torch.save({}, file)
     arguments = ["--instance_data_dir", str(icons), f"--{setting}", str(file), "--output_dir", str(tmp_path / "run")]
-    assert f"{setting}={str(file)!r}" in complaint(capsys, arguments)
+    assert f"{setting}={str(file)!r}" in error_message(capsys, arguments)
 
 
 @pytest.fixture
@@ -96,7 +96,7 @@ def places(base: Path, icons: Path, lora: Path) -> dict[str, str]:
         "flatness RUN --other_base",
     ],
 )
-def test_a_base_that_is_not_there_is_named_by_the_flag_that_the_verb_has(
+def test_the_error_for_a_missing_base_names_the_verb_s_flag(
     capsys: pytest.CaptureFixture[str],
     places: dict[str, str],
     tmp_path: Path,
@@ -113,9 +113,13 @@ def test_a_base_that_is_not_there_is_named_by_the_flag_that_the_verb_has(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_bad_resolution(capsys: pytest.CaptureFixture[str], icons: Path, base: Path, tmp_path: Path) -> None:
+def test_an_invalid_resolution_is_an_error(
+    capsys: pytest.CaptureFixture[str], icons: Path, base: Path, tmp_path: Path
+) -> None:
     arguments = ["--instance_data_dir", str(icons), "--pretrained_model_name_or_path", str(base), "--resolution", "33"]
-    assert "resolution=33 must be a multiple of 16" in complaint(capsys, [*arguments, "--output_dir", str(tmp_path)])
+    assert "resolution=33 must be a multiple of 16" in error_message(
+        capsys, [*arguments, "--output_dir", str(tmp_path)]
+    )
 
 
 @pytest.mark.parametrize(
@@ -130,23 +134,23 @@ def test_bad_resolution(capsys: pytest.CaptureFixture[str], icons: Path, base: P
         ("\udcff", "prompts.jsonl' cannot be read; give a UTF-8 text file"),
     ],
 )
-def test_a_bad_prompts_file(
+def test_an_invalid_prompts_file_is_an_error(
     capsys: pytest.CaptureFixture[str], icons: Path, tmp_path: Path, line: str, message: str
 ) -> None:
     file, out = tmp_path / "prompts.jsonl", tmp_path / "run"
     file.write_text('{"prompt": "a fox", "seed": 3}\n' + line, encoding="utf-8", errors="surrogateescape")
     arguments = ["--instance_data_dir", str(icons), "--output_dir", str(out), "--validation_prompts_file", str(file)]
-    assert message in complaint(capsys, arguments)
+    assert message in error_message(capsys, arguments)
     assert not out.exists()
 
 
-def test_sigma_with_plain_lora_is_refused(capsys: pytest.CaptureFixture[str], icons: Path) -> None:
+def test_sigma_with_plain_lora_is_an_error(capsys: pytest.CaptureFixture[str], icons: Path) -> None:
     arguments = ["--instance_data_dir", str(icons), "--method", "lora", "--sigma", "0.1"]
-    assert "--method lora has no sigma" in complaint(capsys, arguments)
+    assert "--method lora has no sigma" in error_message(capsys, arguments)
 
 
 def test_an_unknown_flag_and_an_unknown_verb_exit_with_2(capsys: pytest.CaptureFixture[str]) -> None:
-    assert "--no_such_flag" in complaint(capsys, ["--no_such_flag", "1"])
+    assert "--no_such_flag" in error_message(capsys, ["--no_such_flag", "1"])
     assert main(["nonsense"]) == 2
     assert "error: flatlora has no verb 'nonsense'; use one of: demo, train, compare" in capsys.readouterr().err
 
@@ -164,7 +168,7 @@ VERBS = {
 
 
 @pytest.mark.parametrize("arguments", [[], ["--help"], ["-h"]], ids=["nothing", "help", "h"])
-def test_without_a_verb_each_has_a_line(capsys: pytest.CaptureFixture[str], arguments: list[str]) -> None:
+def test_without_a_verb_the_help_has_a_line_for_each(capsys: pytest.CaptureFixture[str], arguments: list[str]) -> None:
     assert main(arguments) == 0
     first, _, *lines = capsys.readouterr().out.splitlines()
     assert first == "usage: flatlora VERB [--help]"
@@ -173,14 +177,14 @@ def test_without_a_verb_each_has_a_line(capsys: pytest.CaptureFixture[str], argu
 
 
 @pytest.mark.parametrize("verb", sorted(VERBS | {"app", "demo", "doctor"}))
-def test_usage_names_the_command_as_one_types_it(capsys: pytest.CaptureFixture[str], verb: str) -> None:
+def test_usage_shows_the_command_as_users_type_it(capsys: pytest.CaptureFixture[str], verb: str) -> None:
     with pytest.raises(SystemExit) as stop:
         raise SystemExit(main([verb, "--help"]))
     assert stop.value.code == 0
     assert capsys.readouterr().out.startswith(f"usage: flatlora {verb} ")
 
 
-def test_the_demo_is_compare_with_its_preset(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_demo_is_compare_with_the_demo_preset(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[tuple[TrainConfig, CompareConfig]] = []
 
     def compare(config: TrainConfig, own: CompareConfig) -> Path:
@@ -212,7 +216,7 @@ TINY_IN_WORDS = "the tiny demo base, 64 pixels"
         ("extract --base tiny --tuned owner/name", "lora_tools.resizing.extract_lora"),
     ],
 )
-def test_the_first_line_of_a_verb_and_its_summary_say_what_the_base_is(
+def test_first_line_and_summary_of_a_verb_name_the_base(
     capsys: pytest.CaptureFixture[str],
     caplog: pytest.LogCaptureFixture,
     monkeypatch: pytest.MonkeyPatch,
@@ -242,7 +246,7 @@ def test_the_first_line_of_a_verb_and_its_summary_say_what_the_base_is(
     assert program.startswith("lora_tools") or TINY_IN_WORDS in capsys.readouterr().out
 
 
-def test_a_base_that_the_run_of_a_lora_names_is_not_told_to_be_replaced(
+def test_no_other_base_is_suggested_for_a_lora_whose_run_names_its_base(
     caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, lora: Path, tmp_path: Path
 ) -> None:
     run = RunDir(tmp_path)
@@ -267,7 +271,7 @@ def test_a_base_that_the_run_of_a_lora_names_is_not_told_to_be_replaced(
     assert "--pretrained_model_name_or_path" in given
 
 
-def test_the_app_is_ours_and_says_what_it_lacks(
+def test_the_app_verb_names_the_missing_package(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name in ("flatlora_diffusion.app", "app"):  # where it stands in an installation and in a checkout
@@ -279,7 +283,7 @@ def test_the_app_is_ours_and_says_what_it_lacks(
 
 
 @pytest.mark.parametrize("page", [[], ["surface.html"]])
-def test_flatness_names_the_files_that_are_there(
+def test_flatness_lists_the_files_that_exist(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, page: list[str]
 ) -> None:
     for name in ("flatness.md", "surface.png", *page, "rise.png", "slices.png", "strength.png"):
@@ -290,7 +294,7 @@ def test_flatness_names_the_files_that_are_there(
     assert f"Look at {listed} and strength.png in {tmp_path}" in capsys.readouterr().out
 
 
-def test_no_library_speaks_when_it_is_imported() -> None:
+def test_importing_the_libraries_prints_nothing() -> None:
     program = (
         "import logging; logging.basicConfig(level=logging.INFO); "
         "from flatlora_diffusion.commands.command_line import quiet_libraries; quiet_libraries(); "

@@ -1,4 +1,4 @@
-"""`doctor`: one line for each thing that a training needs, and for each problem what to do about it."""
+"""`doctor`: one line per check, and a remedy for each problem."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ def only(findings: Iterable[doctor.Finding]) -> doctor.Finding:
     return found
 
 
-def said(finding: doctor.Finding) -> tuple[str, str]:
-    """The level, and all that is told."""
+def level_and_text(finding: doctor.Finding) -> tuple[str, str]:
+    """The level and the text of a finding."""
     return finding.level, f"{finding.subject} {finding.fact}: {finding.remedy}"
 
 
@@ -40,7 +40,7 @@ def free_port() -> int:
         return int(one.getsockname()[1])
 
 
-def test_a_line_each_and_the_exit_code_tells_of_problems(
+def test_each_check_prints_a_line_and_problems_set_the_exit_code(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, free_port: int
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -60,16 +60,16 @@ def test_a_line_each_and_the_exit_code_tells_of_problems(
     assert main(["doctor", "--config", "nowhere.json"]) == 2
 
 
-def test_python_is_compared_with_the_tested_one(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_python_is_compared_with_the_tested_version(monkeypatch: pytest.MonkeyPatch) -> None:
     mine = f"{sys.version_info[0]}.{sys.version_info[1]}"
     monkeypatch.setattr(doctor, "last_tested", lambda: {"python": mine})
     assert doctor.python().level == "ok"
     monkeypatch.setattr(doctor, "last_tested", lambda: {"python": "3.99"})
-    assert said(doctor.python())[0] == "note"
+    assert level_and_text(doctor.python())[0] == "note"
     assert "last tested with 3.99" in doctor.python().fact
 
 
-def test_libraries_that_are_missing_out_of_range_or_others_than_tested(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_libraries_that_are_missing_out_of_range_or_untested_are_listed(monkeypatch: pytest.MonkeyPatch) -> None:
     have = {"peft": "0.21.2+local", "torch": "2.13.0+cpu", "transformers": "5.24.0", "huggingface_hub": "2.5.0"}
     asked = map(Requirement, ("peft>=0.20", "torch>=2.6", "transformers>=5.0,<5.24", "huggingface_hub", "scipy>=1.11"))
     monkeypatch.setattr(doctor, "required", lambda: list(asked))
@@ -77,7 +77,7 @@ def test_libraries_that_are_missing_out_of_range_or_others_than_tested(monkeypat
     monkeypatch.setattr(
         doctor, "last_tested", lambda: {"peft": "0.21.2", "torch": "2.13.0", "huggingface-hub": "2.4.0"}
     )
-    old, gone, others = map(said, doctor.libraries())
+    old, gone, others = map(level_and_text, doctor.libraries())
     assert old[0] == gone[0] == "problem"
     assert 'transformers 5.24.0 is outside of <5.24,>=5.0: pip install "transformers<5.24,>=5.0"' in old[1]
     assert 'scipy is not installed: pip install "scipy>=1.11"' in gone[1]
@@ -99,19 +99,19 @@ def test_libraries_that_are_missing_out_of_range_or_others_than_tested(monkeypat
         ("12.6", True, "problem", "no GPU, though there is an NVIDIA driver: update the driver to one for CUDA 12.6"),
     ],
 )
-def test_a_gpu_that_torch_does_not_use(
+def test_a_gpu_that_torch_does_not_use_is_reported(
     monkeypatch: pytest.MonkeyPatch, cuda: str | None, has_driver: bool, level: str, sentence: str
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
     monkeypatch.setattr(torch.version, "cuda", cuda)
     monkeypatch.setattr(shutil, "which", lambda name: name if has_driver else None)
-    found = said(only(doctor.devices()))
+    found = level_and_text(only(doctor.devices()))
     assert found[0] == level
     assert sentence in found[1]
 
 
-def test_each_gpu_is_tried(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_each_gpu_is_tested(monkeypatch: pytest.MonkeyPatch) -> None:
     def ones(*shape: int, device: torch.device) -> torch.Tensor:
         if device.index == 1:
             raise RuntimeError("CUDA error: no kernel image is available\nCompile with ...")
@@ -122,57 +122,57 @@ def test_each_gpu_is_tried(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: f"GPU {device.index}")
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (2**30, 2**31))
     monkeypatch.setattr(torch, "ones", ones)
-    good, bad = map(said, doctor.devices())
+    good, bad = map(level_and_text, doctor.devices())
     assert good[0] == "ok"
     assert "computes on GPU 0, 1.0 of 2.0 GiB free" in good[1]
     assert bad[0] == "problem"
     assert "GPU 1, which fails (CUDA error: no kernel image is available): install the PyTorch build" in bad[1]
 
 
-def test_a_torch_that_does_not_load(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_torch_that_does_not_load_is_a_problem(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "torch", None)
-    found = said(only(doctor.devices()))
+    found = level_and_text(only(doctor.devices()))
     assert found[0] == "problem"
     assert "torch cannot be imported (import of torch halted" in found[1]
     assert "pytorch.org" in found[1]
 
 
-def test_too_little_memory_and_disk(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_too_little_memory_and_disk_are_problems(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     assert (doctor.memory().level, doctor.disk(tmp_path).level) == ("ok", "ok")
     little: Any = SimpleNamespace(available=2**29, free=2**29)
     monkeypatch.setattr(psutil, "virtual_memory", lambda: little)
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: little)
-    assert said(doctor.memory()) == ("problem", "memory 0.5 GiB free: close other programs; 1 GiB is needed")
-    assert said(doctor.disk(tmp_path))[0] == "problem"
-    assert f"0.5 GiB free in {tmp_path}: " in said(doctor.disk(tmp_path))[1]
+    assert level_and_text(doctor.memory()) == ("problem", "memory 0.5 GiB free: close other programs; 1 GiB is needed")
+    assert level_and_text(doctor.disk(tmp_path))[0] == "problem"
+    assert f"0.5 GiB free in {tmp_path}: " in level_and_text(doctor.disk(tmp_path))[1]
 
 
-def test_a_folder_that_cannot_be_written_to(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_folder_without_write_access_is_a_problem(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     assert doctor.working_folder(tmp_path).level == "ok"
 
     def refuse(dir: Path) -> None:
         raise PermissionError(13, "Permission denied")
 
     monkeypatch.setattr(tempfile, "TemporaryFile", refuse)
-    found = said(doctor.working_folder(tmp_path))
+    found = level_and_text(doctor.working_folder(tmp_path))
     assert found[0] == "problem"
     assert "is not writable (Permission denied)" in found[1]
 
 
-def test_a_port_that_is_taken(free_port: int) -> None:
+def test_a_port_in_use_is_a_note(free_port: int) -> None:
     assert doctor.port(free_port).level == "ok"
     with socket.socket() as other:
         other.bind(("127.0.0.1", free_port))
         other.listen()
-        found = said(doctor.port(free_port))
-    assert found[0] == "problem"
+        found = level_and_text(doctor.port(free_port))
+    assert found[0] == "note"
     assert "another --port" in found[1]
 
 
 def test_an_app_without_gradio_is_a_note(monkeypatch: pytest.MonkeyPatch) -> None:
     assert doctor.app().level == "ok"
     monkeypatch.setattr(doctor, "find_spec", lambda name: None)
-    assert said(doctor.app()) == ("note", 'app needs gradio: pip install "flatlora-diffusion[app]"')
+    assert level_and_text(doctor.app()) == ("note", 'app needs gradio: pip install "flatlora-diffusion[app]"')
 
 
 def pipeline(folder: Path, name: str = "model.safetensors") -> Path:
@@ -185,10 +185,10 @@ def pipeline(folder: Path, name: str = "model.safetensors") -> Path:
 
 
 def of_base(path: Path | str, variant: str | None = None) -> tuple[str, str]:
-    return said(doctor.base(ModelConfig(pretrained_model_name_or_path=str(path), variant=variant)))
+    return level_and_text(doctor.base(ModelConfig(pretrained_model_name_or_path=str(path), variant=variant)))
 
 
-def test_a_base_that_is_not_here(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_missing_base_is_a_problem(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     assert of_base("tiny") == ("ok", "base the tiny demo base exists: ")
     assert of_base(SAMPLES / "tiny_sdxl")[0] == "ok"
     assert of_base(tmp_path) == (
@@ -207,14 +207,16 @@ def test_a_base_that_is_not_here(monkeypatch: pytest.MonkeyPatch, tmp_path: Path
     assert of_base("tiny")[0] == "problem"
 
 
-def test_weights_of_another_variant_are_not_those_asked_for(tmp_path: Path) -> None:
+def test_weights_of_another_variant_do_not_count(tmp_path: Path) -> None:
     half = pipeline(tmp_path / "half", "model.fp16-00001-of-00002.safetensors")
     assert of_base(half)[0] == "problem"
     assert of_base(half, variant="fp16")[0] == "ok"
     assert of_base(pipeline(tmp_path / "full", "model-00001-of-00002.safetensors"))[0] == "ok"
 
 
-def test_a_hub_model_is_downloaded_can_be_or_cannot(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_hub_model_is_downloaded_downloadable_or_unavailable(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     from huggingface_hub import constants
 
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
@@ -222,7 +224,7 @@ def test_a_hub_model_is_downloaded_can_be_or_cannot(monkeypatch: pytest.MonkeyPa
     level, text = of_base("somebody/sdxl")
     assert level == "note"
     assert f"somebody/sdxl is not downloaded: the first run downloads it to {tmp_path}" in text
-    assert said(doctor.weights("encoder", "somebody/clip"))[0] == "note"
+    assert level_and_text(doctor.weights("encoder", "somebody/clip"))[0] == "note"
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     level, text = of_base("somebody/sdxl")
     assert level == "problem"
@@ -234,7 +236,9 @@ def test_a_hub_model_is_downloaded_can_be_or_cannot(monkeypatch: pytest.MonkeyPa
     assert of_base("somebody/sdxl") == ("ok", "base somebody/sdxl is downloaded: ")
 
 
-def test_what_a_checkout_needs_is_known_without_an_installation(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_required_libraries_of_a_checkout_are_known_without_an_installation(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     names = {one.name for one in versions.required()}
     assert {"torch", "diffusers", "safetensors"} <= names
     assert not names & {"gradio", "pytest"}, "those are extras"
@@ -246,8 +250,8 @@ def test_what_a_checkout_needs_is_known_without_an_installation(monkeypatch: pyt
     assert {one.name for one in versions.required()} == {"torch", "diffusers", "peft", "transformers"}
 
 
-def test_without_a_gpu_there_is_nothing_to_train_three_steps_on(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_a_gpu_the_gpu_check_is_a_problem(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    level, told = said(only(doctor.gpu()))
+    level, told = level_and_text(only(doctor.gpu()))
     assert level == "problem"
     assert "there is no CUDA device to train on" in told

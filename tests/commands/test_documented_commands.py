@@ -1,4 +1,4 @@
-"""What README and docs tell people to type is understood, each command by its own verb; so is the README's Python."""
+"""Every command in README and docs parses, and the Python examples run."""
 
 from __future__ import annotations
 
@@ -58,21 +58,21 @@ def only_parsed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(command_line, "import_module", lambda name: app)  # which has two names, by its installation
 
 
-def test_there_are_commands() -> None:
+def test_the_documentation_has_commands() -> None:
     verbs = {command.split()[1] for command in commands()}
     assert verbs >= {"train", "compare", "generate", "flatness", "app", "export", "merge", "caption"}
 
 
 @pytest.mark.usefixtures("only_parsed")
 @pytest.mark.parametrize("command", commands())
-def test_every_command_is_understood(command: str) -> None:
+def test_every_documented_command_parses(command: str) -> None:
     program, *arguments = shlex.split(command, comments=True)
     start = main if program == "flatlora" else lambda rest: train_main(rest[1:])
     with pytest.raises(ParsedError):
         start(arguments)
 
 
-def test_the_loop_of_the_readme_trains() -> None:
+def test_the_readme_s_loop_trains() -> None:
     (code,) = re.findall(r"```python\n([^`]*flat\.perturb\([^`]*)```", README)
     case = toy_case()
     trained = [parameter for parameter in case.model.parameters() if parameter.requires_grad]
@@ -105,7 +105,7 @@ def test_the_two_lines_for_other_trainers_follow_an_optimizer() -> None:
     assert names["flat"].step == 1
 
 
-def test_the_lines_for_diffusers_scripts_ramp_over_the_steps_that_the_script_has_counted() -> None:
+def test_the_lines_for_diffusers_scripts_ramp_sigma_over_the_script_s_steps() -> None:
     text = (ROOT / "docs" / "in_other_trainers.md").read_text(encoding="utf-8")
     (hunk,) = re.findall(r"```diff\n([^`]*)```", text)
     lines = [line for line in hunk.splitlines() if " ..." not in line]

@@ -1,4 +1,4 @@
-"""Drop-in: every flag of diffusers' two SDXL DreamBooth-LoRA scripts is there with its default, and is run once."""
+"""Every flag of diffusers' two SDXL DreamBooth LoRA scripts exists with its default, and every setting runs."""
 
 from __future__ import annotations
 
@@ -170,7 +170,7 @@ def flags_of(line: str) -> set[str]:
     return {part.removeprefix("--").split("=")[0] for part in shlex.split(line) if part.startswith("--")}
 
 
-def test_every_upstream_flag_is_there_with_its_default() -> None:
+def test_every_flag_of_diffusers_exists_with_its_default() -> None:
     ours = TrainConfig().to_dict()
     assert len(UPSTREAM) == 72 + 10
     assert set(UPSTREAM) <= set(ours)
@@ -178,14 +178,14 @@ def test_every_upstream_flag_is_there_with_its_default() -> None:
     assert changed == OTHER_DEFAULTS
 
 
-def test_every_setting_is_run_below_or_it_is_said_why_not() -> None:
+def test_every_setting_is_run_here_or_listed_with_a_reason() -> None:
     common = {"pretrained_model_name_or_path", "instance_data_dir", "output_dir", "max_train_steps", "seed"}
     run = common.union(*map(flags_of, RUNS.values()), {"learning_rate"})
     assert run | set(NOT_RUN) == set(TrainConfig().to_dict())
     assert not run & set(NOT_RUN)
 
 
-def test_what_differs_is_documented() -> None:
+def test_differences_from_diffusers_are_documented() -> None:
     text = (Path(__file__).parents[2] / "docs" / "flags.md").read_text(encoding="utf-8")
     ours = set(TrainConfig().to_dict())
     for name in (ours - set(UPSTREAM)) | OTHER_DEFAULTS:
@@ -213,7 +213,7 @@ def places(base: Path, icons: Path, tmp_path: Path) -> dict[str, str]:
 
 
 @pytest.mark.parametrize("name", RUNS)
-def test_the_flags_of(name: str, places: dict[str, str], tmp_path: Path) -> None:
+def test_every_flag_runs(name: str, places: dict[str, str], tmp_path: Path) -> None:
     for package, runs in {"bitsandbytes": "8-bit", "prodigyopt": "prodigy", "datasets": "hugging face"}.items():
         if name == runs:
             pytest.importorskip(package)

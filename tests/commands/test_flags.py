@@ -1,4 +1,4 @@
-"""How a command line is read: every spelling of a flag, and one sentence for whatever cannot be."""
+"""Parsing of flags: every spelling of a flag, and error messages."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def test_every_spelling_of_a_flag_is_read(line: list[str], name: str, value: obj
     assert type(read[name]) is type(value)
 
 
-def test_several_values_follow_one_another_negative_ones_too() -> None:
+def test_several_values_are_separated_by_spaces_and_may_be_negative() -> None:
     flags = flags_of(GenerateConfig())
     line = ["--strengths", "-0.5", "-1e-3", ".5", "--lora", "a", "b", "--seeds=3", "--prompts", "an owl", "--merge"]
     read = read_flags([*line, "--clip_skip", "1"], flags)
@@ -67,7 +67,7 @@ def test_several_values_follow_one_another_negative_ones_too() -> None:
     assert (config.lora, config.model.clip_skip) == (("a", "b"), 1)
 
 
-def test_words_without_a_flag_are_the_file_or_the_runs_wherever_they_stand() -> None:
+def test_words_without_a_flag_are_the_file_or_the_runs_in_any_position() -> None:
     export, flatness = flags_of(ExportConfig()), flags_of(FlatnessConfig())
     for line in (["x", "--layout", "both", "--overwrite"], ["--layout", "both", "--overwrite", "x"]):
         assert read_flags(line, export, "file") == {"file": "x", "layout": "both", "overwrite": True}
@@ -107,7 +107,7 @@ def test_words_without_a_flag_are_the_file_or_the_runs_wherever_they_stand() -> 
         ("app --nonsense", "--nonsense"),
     ],
 )
-def test_what_cannot_be_is_one_sentence_with_flag_value_and_what_is_allowed(
+def test_an_error_has_flag_value_and_allowed_values_in_one_sentence(
     capsys: pytest.CaptureFixture[str], line: str, parts: str
 ) -> None:
     assert main(line.split()) == 2
@@ -117,7 +117,7 @@ def test_what_cannot_be_is_one_sentence_with_flag_value_and_what_is_allowed(
     assert set(parts.split()) <= set(re.split(r"[\s=:;,?']+", sentence)), sentence
 
 
-def test_a_flag_of_a_comparison_means_one_setting() -> None:
+def test_no_flag_of_a_comparison_is_ambiguous() -> None:
     """Those of the comparison, of its trainings and of their sources are read together."""
     of_each = [set(flags_of(settings)) for settings in (CompareConfig(), TrainConfig(), Sources())]
     assert sum(map(len, of_each)) == len(set.union(*of_each))
@@ -129,7 +129,7 @@ def test_all_settings_are_flags_with_their_defaults() -> None:
     assert set(flags_of(FlatnessConfig())) == {item.name for item in fields(FlatnessConfig)}
 
 
-def test_flags_win_over_a_file_whose_switches_and_places_they_take_back(tmp_path: Path) -> None:
+def test_flags_override_a_file_and_can_reset_its_switches_and_values(tmp_path: Path) -> None:
     file = tmp_path / "config.json"
     file.write_text('{"offload": true, "sigma": 0.2, "rank": 8}')
     config = parse_config(["--config", str(file), "--no_offload", "--sigma", "None"])

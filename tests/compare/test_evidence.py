@@ -5,17 +5,25 @@ from __future__ import annotations
 import getpass
 import json
 import platform
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from PIL import Image
 
 from flatlora_diffusion.commands.command_line import main
+from flatlora_diffusion.commands.train_flags import EVIDENCE, parse_comparison
 from flatlora_diffusion.compare import evidence
 from flatlora_diffusion.compare.arms import run_folder
-from flatlora_diffusion.config import CompareConfig, ConfigError, TrainConfig
+from flatlora_diffusion.compare.evidence_check import COLUMNS, KEYS, MAX_BYTES, SCHEMA, read_evidence, report_row
+from flatlora_diffusion.compare.evidence_defaults import BASE_FLAGS, DEFAULTS, ENCODERS, PARTS, Part
+from flatlora_diffusion.compare.rehearsal import disk_bytes, phases, rehearsal_lines
+from flatlora_diffusion.config import CompareConfig, ConfigError, EvidenceConfig, TrainConfig
+from flatlora_diffusion.memory.estimate import GIB
 from flatlora_diffusion.storage.run_dir import RunDir
+from flatlora_diffusion.storage.versions import PROGRAM
 
 NOTEBOOK = Path(__file__).parents[2] / "notebooks" / "evidence.ipynb"
 
@@ -35,7 +43,6 @@ def arguments(base: Path, icons: Path, tmp_path: Path) -> list[str]:
         "output_name": "jane",
         "resolution": 32,
         "max_train_steps": 2,
-        "num_seeds": 1,
         "num_checkpoints": 1,
         "num_prompts": 1,
         "pictures_per_prompt": 1,
@@ -46,43 +53,181 @@ def arguments(base: Path, icons: Path, tmp_path: Path) -> list[str]:
 
 
 @pytest.mark.long
-def test_the_notebook_runs_and_its_figures_name_nobody(
-    base: Path, icons: Path, tmp_path: Path, without_a_process: None, capsys: Any, caplog: Any
+def test_the_notebook_runs_from_top_to_bottom(base: Path, icons: Path, tmp_path: Path) -> None:
+    """In a kernel of its own, with trainings in processes of their own, in bf16: accelerate has no fp16 on a CPU."""
+    import nbformat
+    from nbclient import NotebookClient
+
+    notebook = nbformat.read(NOTEBOOK, as_version=4)
+    (parameters,) = (cell for cell in notebook.cells if "parameters" in cell.metadata.get("tags", []))
+    own = [
+        *arguments(base, icons, tmp_path),
+        "--arms",
+        "lora",
+        "flat-lora",
+        "--no_controls",
+        "--mixed_precision",
+        "bf16",
+    ]
+    parameters.source += f"\nARGUMENTS = {own!r}"
+    NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(tmp_path)}}).execute()
+    printed = [output.get("text", "") for cell in notebook.cells for output in cell.get("outputs", [])]
+    assert any("GPU memory" in text for text in printed)
+    assert printed[-1].startswith("| ")
+    content = read_evidence(tmp_path / "janes_run" / evidence.FILE)
+    assert {run["arm"] for run in content["runs"]} == {"lora", "flat-lora"}
+    assert content["settings"]["mixed_precision"] == "bf16"
+
+
+def test_each_part_adds_to_the_one_before_and_its_figures_name_nobody(
+    base: Path,
+    icons: Path,
+    tmp_path: Path,
+    without_a_process: None,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
-    cells = [cell for cell in json.loads(NOTEBOOK.read_text())["cells"] if cell["cell_type"] == "code"]
-    names: dict[str, Any] = {}
+    parts = (Part("two arms", ("lora", "flat-lora")), Part("controls", ("lora", "flat-lora"), controls=True))
+    monkeypatch.setattr("flatlora_diffusion.commands.command_line.PARTS", parts)
     with caplog.at_level("INFO"):
-        for cell in cells:
-            exec("".join(cell["source"]), names)
-            if "parameters" in cell["metadata"].get("tags", []):
-                names["ARGUMENTS"] = arguments(base, icons, tmp_path)
-    text = (tmp_path / "janes_run" / "evidence.json").read_text()
-    found = json.loads(text)
+        assert main(["evidence", *arguments(base, icons, tmp_path)]) == 0
+    file = tmp_path / "janes_run" / evidence.FILE
+    text, content = file.read_text(), read_evidence(file)
     for personal in ("jane", "passport", str(tmp_path), base.name, getpass.getuser(), platform.node()):
         assert personal.lower() not in text.lower(), personal
-    assert {run["arm"] for run in found["runs"]} >= {"lora", "flat-lora", "sigma-0"}
-    assert all(run["steps"] == 2 and run["memory"] and run["seconds"] > 0 for run in found["runs"])
-    assert set(found["values"]) >= {"lora", "flat-lora", "sigma-0"}
-    assert found["settings"]["rank"] == 4
-    assert found["settings"]["pretrained_model_name_or_path"] == "another one"
-    assert found["is_alike"]
-    assert "5 trainings in all" in caplog.text
-    assert f"on disk in {tmp_path / 'janes_run'}" in caplog.text, "the disk is told"
-    assert "on this machine" in caplog.text, "the time is told"
-    assert found["verdict"] in capsys.readouterr().out
+    assert {run["arm"] for run in content["runs"]} >= {"lora", "flat-lora", "sigma-0"}
+    assert all(run["steps"] == 2 and run["memory"] and run["seconds"] > 0 for run in content["runs"])
+    assert content["settings"]["rank"] == 4
+    assert content["settings"]["pretrained_model_name_or_path"] == "another one"
+    assert content["is_alike"]
+    assert "5 trainings in all; 2 are done" in caplog.text
+    assert f"on disk in {tmp_path / 'janes_run'}" in caplog.text
+    assert "on this machine" in caplog.text, "how long it takes"
+    assert report_row(content).count("|") == len(COLUMNS) + 1
+
+
+def test_a_part_that_would_end_too_late_does_not_start(
+    base: Path, icons: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    compared: list[tuple[str, ...]] = []
+
+    def compare(config: TrainConfig, options: CompareConfig) -> Path:
+        compared.append(options.arms)
+        return tmp_path
+
+    monkeypatch.setattr(evidence, "compare", compare)
+    monkeypatch.setattr(evidence, "public_figures", lambda folder: {})
+    monkeypatch.setattr(evidence, "read_experiment", lambda config, options: options)
+    monkeypatch.setattr(evidence, "expected_seconds", lambda options: (1800.0 * len(options.arms), 60.0))
+    with caplog.at_level("INFO"):
+        evidence.evidence(TrainConfig(), EvidenceConfig(hours=2))
+    assert compared == [part.arms for part in PARTS[:3]], "four arms of half an hour and a minute are too many"
+    assert "hours" in caplog.text
+    assert PARTS[3].name in caplog.text
+
+
+@pytest.mark.parametrize("form", ["--output_dir {}", "--output_dir={}", "--output-dir={}"])
+def test_the_notebook_knows_each_form_of_the_flag(tmp_path: Path, form: str) -> None:
+    (cell,) = (cell for cell in cells() if "parse_known_args" in cell)
+    names: dict[str, Any] = {"ARGUMENTS": ["--hours", "1", *form.format(tmp_path).split(" ")]}
+    exec("import importlib.util\nfrom pathlib import Path\n" + cell, names)
+    assert names["folder"] == tmp_path
+
+
+def cells() -> list[str]:
+    """The code cells of the notebook."""
+    return [
+        "".join(cell["source"]) for cell in json.loads(NOTEBOOK.read_text())["cells"] if cell["cell_type"] == "code"
+    ]
+
+
+def test_the_rehearsal_fits_a_t4_on_colab(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    config, options = parse_comparison(EVIDENCE, (*DEFAULTS, *BASE_FLAGS), [], EvidenceConfig())
+    config = evidence.settings_for_gpu(config, None, is_rehearsal=True)
+    assert (config.optim.mixed_precision, config.model.offload) == ("fp16", True)
+    table = phases(config, options, PARTS)
+    assert [phase.name for phase in table][1:-1] == [
+        f"training steps, {name}" for name in ("LoRA", "Flat-LoRA", "SAM")
+    ]
+    assert max(phase.gpu for phase in table) <= 13.5 * GIB
+    assert max(phase.cpu for phase in table) <= 10 * GIB
+    assert disk_bytes(config, options, PARTS) <= 20e9
+    assert min(phase.gpu for phase in table) > 5 * GIB, "the UNet alone has 4.8 GiB"
+    assert len(list(rehearsal_lines(config, options, PARTS))) == len(table) + 2
 
 
 @pytest.mark.parametrize(
-    "form", ["--output_dir {}", "--output_dir={}", "--output-dir={}", "--output_dir a --output_dir={}"]
+    ("has_gpu", "has_bf16", "gpu", "precision", "offload"),
+    [
+        (True, True, None, "bf16", False),
+        (True, False, None, "fp16", True),
+        (True, True, "t4", "fp16", True),
+        (False, False, None, None, False),
+        (False, False, "t4", None, True),
+    ],
 )
-def test_the_notebook_finds_the_figures_in_each_form_of_the_flag(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], form: str
+def test_the_precision_fits_the_gpu(
+    monkeypatch: pytest.MonkeyPatch, has_gpu: bool, has_bf16: bool, gpu: Any, precision: str | None, offload: bool
 ) -> None:
-    figures = {"verdict": "no difference found", "device": "a GPU", "runs": [{"arm": "lora", "seed": 0, "seconds": 6}]}
-    (tmp_path / "evidence.json").write_text(json.dumps(figures))
-    *_, last = (cell for cell in json.loads(NOTEBOOK.read_text())["cells"] if cell["cell_type"] == "code")
-    exec("".join(last["source"]), {"ARGUMENTS": ["--num_seeds", "1", *form.format(tmp_path).split(" ")]})
-    assert capsys.readouterr().out.splitlines() == ["no difference found", "a GPU", "lora 0: 6 s"]
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: has_gpu)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: including_emulation or has_bf16)
+    config = evidence.settings_for_gpu(TrainConfig(), gpu)
+    assert (config.optim.mixed_precision, config.model.offload) == (precision, offload)
+    own = TrainConfig().replace(mixed_precision="no")
+    assert evidence.settings_for_gpu(own, gpu).optim.mixed_precision == "no"
+
+
+def _posted() -> dict[str, Any]:
+    content: dict[str, Any] = dict.fromkeys(KEYS, "")
+    paired = {"arm": "flat-lora", "against": "lora", "metric": "heldout_loss", "matched": "steps", "mean": -0.0004}
+    return content | {
+        "schema": SCHEMA,
+        "program": PROGRAM,
+        "version": "1.2",
+        "device": "Tesla T4 | 16 GB",
+        "settings": {"max_train_steps": 500, "mixed_precision": "fp16", "encoders": ["openai/clip-vit-large-patch14"]},
+        "seeds": [0],
+        "paired": [paired | {"low": -0.0006, "high": -0.0002}],
+        "values": {"lora": {"0": {"seconds_per_step": 1.25}}},
+        "runs": [{"memory": 3 * GIB}, {"memory": None}],
+    }
+
+
+def test_a_posted_file_has_a_row(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "posted.json"
+    file.write_text(json.dumps(_posted()))
+    assert main(["evidence", "--check", str(file)]) == 0
+    row = "| Tesla T4 / 16 GB | 1.2 | 500 steps, 1 seed, fp16 | -0.00040 ± 0.00020 |  | 1.25 | 3.0 GiB |"
+    assert capsys.readouterr().out.strip() == row
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        (lambda text: text[:-30], "cut"),
+        (lambda text: text.replace("1.25", "NaN"), "NaN"),
+        (lambda text: text.replace("1.25", "-Infinity"), "Infinity"),
+        (lambda text: text.replace(f'"schema": {SCHEMA}', '"schema": 99'), "99"),
+        (lambda text: text.replace(PROGRAM, "another"), PROGRAM),
+        (lambda text: text.replace("Tesla T4", "/home/jane/T4"), "device"),
+        (lambda text: text.replace("Tesla T4", "on C:\\\\Users\\\\jane"), "device"),
+        (lambda text: text.replace('"verdict": "", ', ""), "verdict"),
+        (lambda text: text + " " * MAX_BYTES, str(MAX_BYTES)),
+        (lambda text: "[" * 100_000, "cut"),
+        (lambda text: "[]", PROGRAM),
+    ],
+)
+def test_a_file_that_cannot_be_trusted_is_refused_in_a_sentence(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], change: Callable[[str], str], named: str
+) -> None:
+    file = tmp_path / "posted.json"
+    file.write_text(change(json.dumps(_posted())))
+    assert main(["evidence", "--check", str(file)]) == 2
+    said = capsys.readouterr().err.strip().splitlines()
+    assert len(said) == 1
+    assert "posted.json" in said[0]
+    assert named in said[0]
 
 
 def test_only_the_runs_of_the_result_count_and_each_step_of_them_once(tmp_path: Path) -> None:
@@ -105,7 +250,7 @@ def test_only_the_runs_of_the_result_count_and_each_step_of_them_once(tmp_path: 
 
 def test_only_what_is_not_here_is_downloaded() -> None:
     config = TrainConfig().replace(pretrained_model_name_or_path=evidence.BASE)
-    assert "about 8.9 GB first" in evidence.downloads(config, CompareConfig(encoders=evidence.ENCODERS))
+    assert "about 8.9 GB first" in evidence.downloads(config, CompareConfig(encoders=ENCODERS))
     assert evidence.downloads(TrainConfig(), CompareConfig()) == ""
 
 
@@ -122,14 +267,15 @@ def test_a_setting_that_is_a_text_is_not_told(tmp_path: Path) -> None:
 def test_flags_win_over_what_evidence_has_as_defaults(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     seen: list[Any] = []
 
-    def stop(config: TrainConfig, own: CompareConfig) -> Path:
-        seen.extend((config, own))
+    def stop(config: TrainConfig, own: EvidenceConfig, parts: Sequence[Part]) -> Path:
+        seen.extend((config, own, parts))
         raise ConfigError("enough")
 
     monkeypatch.setattr(evidence, "evidence", stop)
     assert main(["evidence", "--num_seeds", "5", "--max_train_steps", "7", "--encoders", "judge"]) == 2
-    config, own = seen
+    config, own, parts = seen
     assert (own.num_seeds, own.encoders) == (5, ("judge",))
+    assert [part.num_seeds for part in parts] == [5], "one comparison, as the flag of `compare` says"
     assert (config.optim.max_train_steps, config.data.resolution) == (7, 1024)
     assert (config.model.pretrained_model_name_or_path, config.model.variant) == (evidence.BASE, "fp16")
     assert Path(config.data.instance_data_dir).name == "icons_3d"

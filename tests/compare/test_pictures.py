@@ -1,4 +1,4 @@
-"""Pictures are drawn once, kept by all that they depend on, and do not depend on what else is drawn."""
+"""Pictures are drawn once, cached by all that they depend on, and independent of the others but for rounding."""
 
 from __future__ import annotations
 
@@ -19,7 +19,8 @@ KEYS = [("an icon of a fox", 0), ("an icon of a fox", 1), ("an icon of a cow", 0
 def test_a_picture_is_a_function_of_prompt_and_seed_alone(sdxl: Sdxl, tmp_path: Path) -> None:
     together = PictureGenerator(sdxl, 32, tmp_path / "one", steps=2).generate(None, KEYS)
     alone = PictureGenerator(sdxl, 32, tmp_path / "two", steps=2).generate(None, KEYS[1:2])
-    assert _equal(together[KEYS[1]], alone[KEYS[1]])
+    difference = ImageChops.difference(together[KEYS[1]], alone[KEYS[1]]).convert("L")
+    assert max(difference.getdata()) <= 1, "other pictures of a batch change the rounding alone"
     assert not _equal(together[KEYS[0]], together[KEYS[1]])
 
 
@@ -50,7 +51,7 @@ def test_pictures_are_kept_and_only_the_missing_ones_drawn(
     assert all(file.is_file() for file in generator.files(None, KEYS))
 
 
-def test_a_stop_loses_no_picture_that_is_drawn(sdxl: Sdxl, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_stop_loses_one_batch_at_most(sdxl: Sdxl, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     real, drawn = pictures_module.generate_images, 0
 
     def stopping(*arguments: object, **more: object) -> list[Image.Image]:
@@ -61,6 +62,7 @@ def test_a_stop_loses_no_picture_that_is_drawn(sdxl: Sdxl, tmp_path: Path, monke
         return real(*arguments, **more)  # type: ignore[arg-type]
 
     monkeypatch.setattr(pictures_module, "generate_images", stopping)
+    monkeypatch.setattr(pictures_module, "_BATCH", 1)
     generator = PictureGenerator(sdxl, 32, tmp_path, steps=1)
     assert generator.passes(None, KEYS) == 3 * 2
     with pytest.raises(KeyboardInterrupt):

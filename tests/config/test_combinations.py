@@ -1,4 +1,4 @@
-"""Which methods, adapters and optimizers go together; what does not is refused before anything is loaded."""
+"""Valid and invalid combinations of methods, adapters and optimizers; errors come before anything is loaded."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def is_refused(method: str, adapter: str, extra: str) -> bool:
     return extra in NEVER or (extra == "lora-pro" and method in ("lora-sam", "nbar"))
 
 
-def test_each_cell_is_allowed_or_refused_in_one_sentence() -> None:
+def test_each_combination_is_valid_or_an_error_of_one_sentence() -> None:
     cells = list(itertools.product(METHODS, ADAPTERS, EXTRAS))
     for method, adapter, extra in cells:
         values = {"method": method, "adapter": adapter, **EXTRAS[extra]}
@@ -86,5 +86,5 @@ def test_each_cell_is_allowed_or_refused_in_one_sentence() -> None:
     assert len(cells) == 6 * 5 * len(EXTRAS)
 
 
-def test_what_is_written_down_holds_for_a_config_that_exists() -> None:
+def test_the_default_config_passes_the_combination_checks() -> None:
     check_combinations(TrainConfig())

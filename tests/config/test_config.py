@@ -11,9 +11,10 @@ from typing import Any
 import pytest
 
 from flatlora_diffusion.commands.command_line import _comparison
-from flatlora_diffusion.commands.train_flags import parse_config
+from flatlora_diffusion.commands.train_flags import COMPARE, parse_config
 from flatlora_diffusion.config import (
     SAMPLES,
+    CompareConfig,
     ConfigError,
     SettingError,
     TrainConfig,
@@ -57,13 +58,13 @@ NO_PLACES = {
 }  # fmt: skip
 
 
-def test_every_setting_that_is_a_text_is_marked_as_a_place_or_known_as_none() -> None:
+def test_every_text_setting_is_marked_as_a_path_or_listed_as_no_path() -> None:
     texts = {name for name, hint in setting_hints().items() if hint in (str, str | None)}
     assert texts == {*settings_with("path_kind"), *NO_PLACES}
     assert not NO_PLACES & set(settings_with("path_kind"))
 
 
-def test_traits_are_asked_for_by_their_names() -> None:
+def test_settings_are_selected_by_trait_and_an_unknown_trait_is_an_error() -> None:
     assert settings_with("is_secret") == ("hub_token",)
     assert settings_with("path_kind", "model", "run") == (
         "pretrained_model_name_or_path",
@@ -104,7 +105,7 @@ def test_flags_win_over_config_and_config_over_preset(tmp_path: Path) -> None:
     assert config.perturb.perturb_per == "step"
 
 
-def test_a_saved_config_of_an_earlier_version_goes_on_with_full_draws(tmp_path: Path) -> None:
+def test_a_saved_config_of_an_earlier_version_resumes_with_full_noise(tmp_path: Path) -> None:
     """It lacks the setting, and its run drew every entry of eps, whatever the default has become."""
     earlier = TrainConfig.from_dict({"seed": 5, "perturb_draw": "full", "perturb_norm_every": 1})
     saved = earlier.to_dict()
@@ -123,7 +124,7 @@ def test_a_saved_config_of_an_earlier_version_goes_on_with_full_draws(tmp_path: 
     assert (new.perturb_draw, new.perturb_norm_every) == ("low_rank", 10), "what is no saved config has the defaults"
 
 
-def test_sam_looks_for_its_rho_unless_one_is_given() -> None:
+def test_sam_calibrates_rho_unless_rho_is_given() -> None:
     calibrated, given = TrainConfig.from_dict({"method": "sam"}), TrainConfig.from_dict({"method": "sam", "rho": 0.1})
     assert calibrated.perturb.target_loss_increase == 0.25
     assert (given.perturb.target_loss_increase, given.perturb.effective_rho) == (0, 0.1)
@@ -142,20 +143,21 @@ UNREAD = {
 
 
 @pytest.mark.parametrize("line", UNREAD)
-def test_a_flag_that_the_given_method_or_schedule_does_not_read_is_refused(line: str) -> None:
+def test_a_flag_that_the_method_or_schedule_does_not_use_is_an_error(line: str) -> None:
     with pytest.raises(ConfigError, match=UNREAD[line]):
         parse_config(line.split())
 
 
-def test_arms_overrule_the_method_of_a_comparison_so_that_its_settings_are_not_refused(icons: Path) -> None:
+def test_a_comparison_accepts_settings_of_the_methods_of_its_arms(icons: Path) -> None:
     of_noise = [f"--preset quality {flags}" for flags in ("--sigma 0.2", "--perturb_noise iid")]
     for line in (*UNREAD, *of_noise):
-        config, _ = _comparison([*line.split(), "--instance_data_dir", str(icons)])
+        arguments = [*line.split(), "--instance_data_dir", str(icons)]
+        config, _ = _comparison(arguments, COMPARE, (), CompareConfig())
         assert config.data.instance_data_dir == str(icons)
     assert config.adapter.rank == 16
 
 
-def test_what_preset_file_or_saved_run_have_for_other_methods_is_not_refused(tmp_path: Path) -> None:
+def test_settings_of_other_methods_in_a_preset_file_or_saved_run_are_ignored(tmp_path: Path) -> None:
     """What is given beside it is, if the method that they have does not read it."""
     others = {"perturb_noise": "iid", "sigma_schedule": "constant", "sigma_ramp_steps": 3, "perturb_per": "step"}
     file = tmp_path / "config.json"
@@ -171,7 +173,7 @@ def test_what_preset_file_or_saved_run_have_for_other_methods_is_not_refused(tmp
             parse_config([*source, "--perturb_noise", "iid"])
 
 
-def test_a_preset_s_method_leaves_open_what_runs_and_files_have_for_others(tmp_path: Path) -> None:
+def test_a_preset_s_method_ignores_settings_of_other_methods_in_saved_runs_but_not_in_files(tmp_path: Path) -> None:
     file = tmp_path / "config.json"
     quality = ["--preset", "quality"]
     resumed = ["--output_dir", str(tmp_path), "--resume_from_checkpoint", "latest"]
@@ -199,7 +201,7 @@ def test_plain_lora_drops_a_sigma_that_came_from_a_preset_or_a_file(tmp_path: Pa
             parse_config([*source, *flags, "--sigma", "0.1"])
 
 
-def test_rho_rise_overrules_the_rho_of_a_file(tmp_path: Path) -> None:
+def test_rho_rise_overrides_the_rho_of_a_file(tmp_path: Path) -> None:
     file = tmp_path / "config.json"
     file.write_text(json.dumps(TrainConfig.from_dict({"method": "sam", "rho": 0.05}).to_dict()), encoding="utf-8")
     assert parse_config(["--config", str(file), "--rho_rise", "0.2"]).perturb.target_loss_increase == 0.2
@@ -229,7 +231,7 @@ def test_a_run_has_one_preview_prompt_or_several(tmp_path: Path, flags: list[str
     assert parse_config(["--config", str(file), "--validation_prompt", "a key"]).run.preview_prompts == ["a key"]
 
 
-def test_epochs_as_a_flag_win_over_steps_of_a_preset_but_not_over_steps_as_a_flag() -> None:
+def test_the_epochs_flag_overrides_steps_of_a_preset_but_not_the_steps_flag() -> None:
     flags = ["--preset", "paper", "--num-train-epochs=3"]
     assert parse_config(flags).optim.max_train_steps is None
     assert parse_config([*flags, "--max_train_steps=7"]).optim.max_train_steps == 7
@@ -244,7 +246,7 @@ def test_the_paper_preset_is_the_papers_sdxl_setting() -> None:
 
 
 @pytest.mark.parametrize("preset", ["paper", "bilora_icons", None])
-def test_what_is_a_papers_setting_keeps_the_letter_of_eq_7_and_all_else_has_the_defaults(preset: str | None) -> None:
+def test_only_presets_of_papers_have_full_noise_and_the_norms_of_every_step(preset: str | None) -> None:
     perturb = parse_config([] if preset is None else ["--preset", preset]).perturb
     assert (perturb.perturb_draw, perturb.perturb_norm_every) == (("low_rank", 10) if preset is None else ("full", 1))
 
@@ -275,7 +277,9 @@ def test_flat_lora_is_the_default_with_sigma_0_1_and_plain_lora_has_none() -> No
         ({"method": "lora", "sigma": 0.1}, "--method lora has no sigma, but sigma=0.1"),
     ],
 )
-def test_a_wrong_setting_is_named_with_what_is_allowed(values: dict[str, Any], message: str) -> None:
+def test_an_invalid_setting_is_an_error_with_its_name_and_the_allowed_values(
+    values: dict[str, Any], message: str
+) -> None:
     with pytest.raises(ConfigError, match=message):
         TrainConfig.from_dict(values)
 
@@ -283,7 +287,7 @@ def test_a_wrong_setting_is_named_with_what_is_allowed(values: dict[str, Any], m
 @pytest.mark.parametrize(
     ("text", "message"), [("{", "is not JSON"), ("[1]", "is not a JSON object"), (None, "cannot be read")]
 )
-def test_a_config_file_that_cannot_be_used_is_named(tmp_path: Path, text: str | None, message: str) -> None:
+def test_an_unusable_config_file_is_named_in_the_error(tmp_path: Path, text: str | None, message: str) -> None:
     file = tmp_path / "settings.json"
     if text is not None:
         file.write_text(text, encoding="utf-8")
@@ -292,21 +296,21 @@ def test_a_config_file_that_cannot_be_used_is_named(tmp_path: Path, text: str | 
 
 
 @pytest.mark.parametrize("method", [["sam"], "sharper", None])
-def test_a_file_s_method_that_is_none_is_named(tmp_path: Path, method: Any) -> None:
+def test_an_invalid_method_in_a_file_is_named_with_the_file(tmp_path: Path, method: Any) -> None:
     file = tmp_path / "settings.json"
     file.write_text(json.dumps({"method": method}), encoding="utf-8")
     with pytest.raises(ConfigError, match=r"settings.json: method="):
         parse_config(["--config", str(file)])
 
 
-def test_an_unknown_preset_lists_the_known_ones() -> None:
+def test_the_error_for_an_unknown_preset_lists_the_presets() -> None:
     known = "bilora_icons, demo, illustrious, low_memory, paper, quality"
     for name in ("nope", "/etc/x", "../presets/paper", "accelerate", "", "Paper"):
         with pytest.raises(ConfigError, match=f"--preset {name} .*: {known}$"):
             parse_config(["--preset", name])
 
 
-def test_a_preset_that_is_a_file_is_told_to_be_for_another_flag(tmp_path: Path) -> None:
+def test_the_error_for_a_file_given_as_preset_names_the_config_flag(tmp_path: Path) -> None:
     file = tmp_path / "mine.json"
     file.write_text("{}")
     with pytest.raises(ConfigError, match=r"paper, quality; .*--config"):
@@ -322,7 +326,7 @@ def test_a_preset_that_is_a_file_is_told_to_be_for_another_flag(tmp_path: Path) 
         ('{"rnak": 1}', "rnak"),
     ],
 )
-def test_what_a_file_has_wrong_is_told_with_the_file(tmp_path: Path, text: str, fault: str) -> None:
+def test_an_error_in_a_config_file_names_the_file(tmp_path: Path, text: str, fault: str) -> None:
     file = tmp_path / "config.json"
     file.write_text(text)
     resumed = ["--output_dir", str(tmp_path), "--resume_from_checkpoint", "latest"]
@@ -334,7 +338,7 @@ def test_what_a_file_has_wrong_is_told_with_the_file(tmp_path: Path, text: str, 
         assert "\n" not in str(raised.value)
 
 
-def test_an_error_of_a_setting_reaches_other_processes_whole() -> None:
+def test_a_setting_error_keeps_its_message_when_pickled() -> None:
     """Workers of a comparison send theirs by pickle."""
     with pytest.raises(SettingError) as raised:
         TrainConfig.from_dict({"rank": 0})
@@ -342,7 +346,7 @@ def test_an_error_of_a_setting_reaches_other_processes_whole() -> None:
     assert str(again) == str(raised.value) == "rank=0 is out of range: it must be between 1 and 1024"
 
 
-def test_pure_noise_and_an_objective_in_sigmas_exclude_each_other() -> None:
+def test_zero_terminal_snr_and_edm_exclude_each_other_as_do_base_dtype_and_quantization() -> None:
     config = TrainConfig.from_dict({"zero_terminal_snr": True, "prediction_type": "v_prediction"})
     with pytest.raises(ConfigError, match=r"--base_dtype .*--quantize_base"):
         config.replace(base_dtype="fp32", quantize_base="nf4")

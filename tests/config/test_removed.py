@@ -1,4 +1,4 @@
-"""Settings and values that earlier versions had: refused on the command line, left out of saved runs."""
+"""Settings and values of earlier versions: an error on the command line, ignored in saved runs."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ def saved_run(folder: Path, **removed: Any) -> RunDir:
     return run
 
 
-def test_no_flag_of_this_version_is_among_them() -> None:
+def test_no_current_setting_is_listed_as_removed() -> None:
     assert not SETTINGS.keys() & TrainConfig().to_dict().keys()
     assert not [value for name, value in VALUES if name == "method" and value in METHODS]
 
 
-def test_a_removed_flag_and_a_removed_value_are_refused_with_what_to_use() -> None:
+def test_the_error_for_a_removed_flag_or_value_names_its_replacement() -> None:
     for name, removed in SETTINGS.items():
         with pytest.raises(ConfigError, match=f"--{name}.*{removed.remedy}"):
             parse_config([f"--{name}", "0.1"])
@@ -38,7 +38,7 @@ def test_a_removed_flag_and_a_removed_value_are_refused_with_what_to_use() -> No
             parse_config([f"--{name}", value])
 
 
-def test_a_saved_run_with_any_of_them_opens(tmp_path: Path) -> None:
+def test_a_saved_run_with_any_removed_setting_opens(tmp_path: Path) -> None:
     settings: list[tuple[str, Any]] = [*((name, 0.3) for name in SETTINGS), *VALUES]
     for place, (name, value) in enumerate(settings):
         run = saved_run(tmp_path / str(place), **{name: value})
@@ -47,14 +47,14 @@ def test_a_saved_run_with_any_of_them_opens(tmp_path: Path) -> None:
         assert getattr(config.adapter, RENAMED.get((name, value), "rank"))
 
 
-def test_a_removed_setting_that_did_nothing_is_dropped_without_a_word(tmp_path: Path) -> None:
+def test_a_removed_setting_without_effect_is_dropped_without_a_warning(tmp_path: Path) -> None:
     nothing = {name: removed.without_effect for name, removed in SETTINGS.items()}
     run = saved_run(tmp_path, **nothing)
     assert run.removed_settings() == []
     assert TrainConfig.from_dict(run.config()).to_dict().keys() == TrainConfig().to_dict().keys()
 
 
-def test_a_run_is_not_resumed_by_another_method_than_it_began_with(tmp_path: Path) -> None:
+def test_a_run_with_a_removed_method_is_not_resumed(tmp_path: Path) -> None:
     run = saved_run(tmp_path, method="obar", bar_strength=0.5)
     config = TrainConfig().updated_from(run.config_file)
     assert (config.perturb.method, config.perturb.bar_strength) == ("nbar", 0.5)
@@ -62,7 +62,7 @@ def test_a_run_is_not_resumed_by_another_method_than_it_began_with(tmp_path: Pat
         resolve_before_loading(config.replace(output_dir=str(tmp_path), resume_from_checkpoint="latest"), run)
 
 
-def test_a_renamed_value_goes_on_as_it_was(tmp_path: Path) -> None:
+def test_a_renamed_value_keeps_its_meaning(tmp_path: Path) -> None:
     run = saved_run(tmp_path, adapter="dora")
     assert run.removed_settings() == []
     assert json.loads(run.config_file.read_text(encoding="utf-8"))["adapter"] == "dora"

@@ -43,7 +43,7 @@ def make_batches_of_one_picture(sdxl: Sdxl, icons: Path, names: Sequence[str], *
 @pytest.mark.parametrize("buckets", [False, True])
 @pytest.mark.parametrize("cached", [False, True])
 @pytest.mark.parametrize("class_images", [0, 2])
-def test_a_feed_needs_the_vae_when_a_batch_is_encoded(
+def test_batches_need_the_vae_exactly_if_they_encode_images(
     sdxl: Sdxl, icons: Path, monkeypatch: pytest.MonkeyPatch, buckets: bool, cached: bool, class_images: int
 ) -> None:
     settings = {"cache_latents": cached, "use_aspect_ratio_buckets": buckets, "resolution": 32, "seed": 0}
@@ -56,7 +56,7 @@ def test_a_feed_needs_the_vae_when_a_batch_is_encoded(
     assert batches.needs_vae is bool(encoded)
 
 
-def test_each_epoch_shows_each_image_once(sdxl: Sdxl, icons: Path) -> None:
+def test_each_epoch_has_each_image_once(sdxl: Sdxl, icons: Path) -> None:
     batches = make_batches(sdxl, icons)
     shown = [sample.id for step in range(6) for sample in batches.samples_at(step, 0)]
     for epoch in range(4):
@@ -64,7 +64,7 @@ def test_each_epoch_shows_each_image_once(sdxl: Sdxl, icons: Path) -> None:
     assert len({tuple(shown[3 * epoch : 3 * epoch + 3]) for epoch in range(4)}) > 1
 
 
-def test_two_processes_draw_what_one_with_accumulation_2_draws(sdxl: Sdxl, icons: Path) -> None:
+def test_two_processes_get_the_batches_of_one_with_accumulation_2(sdxl: Sdxl, icons: Path) -> None:
     one = make_batches(sdxl, icons, gradient_accumulation_steps=2, caption_dropout=0.5, random_flip=True)
     two = make_batches(sdxl, icons, world_size=2, caption_dropout=0.5, random_flip=True)
     for step in range(3):
@@ -74,7 +74,7 @@ def test_two_processes_draw_what_one_with_accumulation_2_draws(sdxl: Sdxl, icons
                 assert value is None or torch.equal(value, getattr(b, name)), name
 
 
-def test_a_batch_is_a_function_of_its_key_and_another_key_draws_anew(sdxl: Sdxl, icons: Path) -> None:
+def test_a_batch_is_a_function_of_its_key_and_other_keys_give_other_batches(sdxl: Sdxl, icons: Path) -> None:
     batches = make_batches(sdxl, icons)
     assert torch.equal(batches.batch(4, 0).latents, batches.batch(4, 0).latents)
     single = make_batches(sdxl, icons, train_batch_size=3, center_crop=True)  # every step shows all three images
@@ -102,7 +102,7 @@ def test_images_are_resized_with_the_filter_of_the_settings(sdxl: Sdxl, icons: P
     assert not torch.equal(one.latents, other.latents)
 
 
-def test_time_ids_hold_original_size_crop_and_target_size(sdxl: Sdxl, icons: Path) -> None:
+def test_time_ids_have_original_size_crop_and_target_size(sdxl: Sdxl, icons: Path) -> None:
     batches, corners = make_batches(sdxl, icons), []
     for step in range(4):
         for ids, row in zip(batches.batch(step, 0).add_time_ids, batches._instances(step, 0), strict=True):
@@ -113,7 +113,7 @@ def test_time_ids_hold_original_size_crop_and_target_size(sdxl: Sdxl, icons: Pat
     assert any(top != left for top, left in corners), "swapped ones would be seen"
 
 
-def test_dropped_captions_are_zero_embeddings_at_about_the_asked_rate(sdxl: Sdxl, icons: Path) -> None:
+def test_dropped_captions_are_zero_embeddings_at_about_the_given_rate(sdxl: Sdxl, icons: Path) -> None:
     batches = make_batches(sdxl, icons, caption_dropout=0.25)
     dropped = []
     for step in range(100):
@@ -128,7 +128,7 @@ def test_dropped_captions_are_zero_embeddings_at_about_the_asked_rate(sdxl: Sdxl
 
 @pytest.mark.parametrize("settings", [{}, {"shuffle_tags": True}], ids=["encoded once", "encoded in each step"])
 @pytest.mark.parametrize("zeros", [True, False], ids=["zeros", "empty prompt"])
-def test_a_dropped_caption_is_what_the_pipeline_has_for_no_prompt(
+def test_a_dropped_caption_has_the_embedding_of_the_pipeline_s_empty_prompt(
     base: Path, icons: Path, zeros: bool, settings: dict[str, Any]
 ) -> None:
     sdxl = load_sdxl(ModelConfig(pretrained_model_name_or_path=str(base)), torch.device("cpu"), torch.float32)
@@ -142,7 +142,7 @@ def test_a_dropped_caption_is_what_the_pipeline_has_for_no_prompt(
     torch.testing.assert_close(batch.pooled_prompt_embeds, pooled.expand(2, -1))
 
 
-def test_each_step_and_slot_draws_its_own_posterior_noise_and_drops_its_own_captions(sdxl: Sdxl, icons: Path) -> None:
+def test_posterior_noise_and_caption_dropout_differ_between_steps_and_slots(sdxl: Sdxl, icons: Path) -> None:
     settings = {"gradient_accumulation_steps": 2, "center_crop": True, "caption_dropout": 0.5}
     batches = make_batches_of_one_picture(sdxl, icons, ["a"], **settings)
     steps = [[batches.batch(step, slot) for slot in (0, 1)] for step in range(20)]
@@ -152,7 +152,7 @@ def test_each_step_and_slot_draws_its_own_posterior_noise_and_drops_its_own_capt
     assert {one == two for one, two in dropped} == {False, True}
 
 
-def test_crop_and_flip_are_drawn_anew_for_each_epoch_and_each_image(sdxl: Sdxl, icons: Path) -> None:
+def test_crop_and_flip_differ_between_epochs_and_images(sdxl: Sdxl, icons: Path) -> None:
     batches = make_batches_of_one_picture(sdxl, icons, ["a", "b"], random_flip=True)
     seen: dict[str, list[View]] = {"a": [], "b": []}
     for epoch in range(12):  # each batch is one
@@ -197,7 +197,7 @@ def test_loader_threads_decode_each_image_of_a_batch_once(
     assert decoded.count(False) == 3 * 4, "in the background those of each step after it"
 
 
-def test_only_what_alpha_shows_counts(config: TrainConfig, tmp_path: Path) -> None:
+def test_transparent_pixels_do_not_count_in_the_masked_loss(config: TrainConfig, tmp_path: Path) -> None:
     folder = tmp_path / "transparent"
     folder.mkdir()
     icon = Image.new("RGBA", (32, 32), (0, 0, 0, 0))

@@ -64,7 +64,7 @@ def test_prior_preservation_adds_the_class_images_loss(config: TrainConfig, tmp_
         ({"offload": True, "quantize_base": "nf4"}, "cuda", False),
     ],
 )
-def test_with_offload_each_model_is_on_the_gpu_only_while_it_draws(
+def test_with_offload_each_model_is_on_the_gpu_only_while_class_images_are_generated(
     monkeypatch: pytest.MonkeyPatch, settings: dict[str, Any], place: str, is_moved: bool
 ) -> None:
     loaded, moved, gpu = [], [], torch.device("cuda", 1)
@@ -105,7 +105,9 @@ def test_the_processes_of_a_run_share_the_class_images(
     assert drawn == {0: [1, 3, 5], 1: [2, 4]}
 
 
-def test_a_size_that_cannot_be_is_refused_before_class_images_are_drawn(config: TrainConfig, tmp_path: Path) -> None:
+def test_an_invalid_resolution_is_an_error_before_class_images_are_generated(
+    config: TrainConfig, tmp_path: Path
+) -> None:
     wrong = config.replace(
         with_prior_preservation=True, class_data_dir=str(tmp_path), class_prompt="an icon", resolution=36
     )

@@ -54,7 +54,7 @@ def test_sizes_are_those_of_the_upright_image(tmp_path: Path) -> None:
     assert {(sample.width, sample.height) for sample in load_samples(tmp_path, "a").samples} == {(10, 20)}
 
 
-def test_sidecars_are_read_as_one_line(tmp_path: Path) -> None:
+def test_caption_files_are_read_as_a_single_line(tmp_path: Path) -> None:
     add_image(tmp_path, "a.png", "\ufeffein Würfel,\n  blau \r\n")
     add_image(tmp_path, "b.v2.png")
     (tmp_path / "b.v2.caption").write_text("from .caption")
@@ -63,7 +63,7 @@ def test_sidecars_are_read_as_one_line(tmp_path: Path) -> None:
     assert captions(tmp_path) == {"a.png": "ein Würfel, blau", "b.v2.png": "from .caption", "c.png": "from .txt"}
 
 
-def test_metadata_comes_before_sidecars_and_the_prompt_last(tmp_path: Path) -> None:
+def test_captions_come_from_metadata_then_caption_files_then_the_instance_prompt(tmp_path: Path) -> None:
     add_image(tmp_path, "a.png", "sidecar a")
     add_image(tmp_path, "b.png", "sidecar b")
     add_image(tmp_path, "c.png", "  \n")
@@ -76,26 +76,26 @@ def test_metadata_comes_before_sidecars_and_the_prompt_last(tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize("column", ["text", "prompt", "caption"])
-def test_known_caption_columns(tmp_path: Path, column: str) -> None:
+def test_the_caption_column_is_found_by_its_known_names(tmp_path: Path, column: str) -> None:
     add_image(tmp_path, "a.png")
     add_metadata(tmp_path, {"file_name": "a.png", "note": "no", column: "yes"})
     assert captions(tmp_path) == {"a.png": "yes"}
 
 
-def test_a_chosen_caption_column(tmp_path: Path) -> None:
+def test_the_given_caption_column_is_used(tmp_path: Path) -> None:
     add_image(tmp_path, "a.png")
     add_metadata(tmp_path, {"file_name": "a.png", "text": "no", "note": "yes"})
     assert captions(tmp_path, None, "note") == {"a.png": "yes"}
 
 
-def test_the_prompt_alone_is_enough(tmp_path: Path) -> None:
+def test_images_without_captions_use_the_instance_prompt(tmp_path: Path) -> None:
     add_image(tmp_path, "a.png")
     result = load_samples(tmp_path, " a photo of sks dog ")
     assert result.samples[0].caption == "a photo of sks dog"
     assert result.summary.startswith("1 image, captions 0/1, ")
 
 
-def test_the_summary_names_what_was_skipped(tmp_path: Path) -> None:
+def test_the_summary_lists_skipped_files(tmp_path: Path) -> None:
     add_image(tmp_path, "a.png", "a")
     (tmp_path / "notes.pdf").write_bytes(b"%PDF")
     result = load_samples(tmp_path)
@@ -108,7 +108,7 @@ def test_the_summary_names_what_was_skipped(tmp_path: Path) -> None:
     assert load_samples(tmp_path).summary.endswith("x3.pdf (not in a supported image format) and 5 more")
 
 
-def test_the_folder_is_left_alone(tmp_path: Path) -> None:
+def test_reading_a_folder_does_not_change_it(tmp_path: Path) -> None:
     add_image(tmp_path, "a.png", "a")
     add_image(tmp_path, "b.jpg")
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
@@ -124,7 +124,7 @@ def check_refused(folder: Path, message: str, *args: str | None) -> None:
         load_samples(folder, *args)
 
 
-def test_a_missing_caption_is_named_with_the_way_out(tmp_path: Path) -> None:
+def test_a_missing_caption_is_an_error_with_the_image_and_a_remedy(tmp_path: Path) -> None:
     add_image(tmp_path, "a.png", "a")
     add_image(tmp_path, "b.png")
     ways_out = "write it to b.txt beside the image, or give an --instance_prompt"
@@ -134,7 +134,7 @@ def test_a_missing_caption_is_named_with_the_way_out(tmp_path: Path) -> None:
     check_refused(tmp_path, f"b.png and 1 more have no caption: {ways_out}")
 
 
-def test_folders_without_images(tmp_path: Path) -> None:
+def test_a_folder_without_images_is_an_error(tmp_path: Path) -> None:
     check_refused(tmp_path / "absent", f"image folder {tmp_path / 'absent'} does not exist")
     empty = f"image folder {tmp_path} has no readable image"
     check_refused(tmp_path, f"{empty}; put the training images directly into it", "prompt")
@@ -154,7 +154,7 @@ def test_folders_without_images(tmp_path: Path) -> None:
         ('{"file_name": ', "is not JSON: "),
     ],
 )
-def test_metadata_that_does_not_fit(tmp_path: Path, row: Any, message: str) -> None:
+def test_metadata_that_does_not_match_the_images_is_an_error(tmp_path: Path, row: Any, message: str) -> None:
     add_image(tmp_path, "a.png")
     (tmp_path / "sub").mkdir()
     add_image(tmp_path / "sub", "a.png")
@@ -162,13 +162,13 @@ def test_metadata_that_does_not_fit(tmp_path: Path, row: Any, message: str) -> N
     check_refused(tmp_path, f"metadata.jsonl line 2 {message}", "prompt")
 
 
-def test_a_caption_that_is_no_text(tmp_path: Path) -> None:
+def test_a_caption_that_is_not_text_is_an_error(tmp_path: Path) -> None:
     add_image(tmp_path, "a.png")
     add_metadata(tmp_path, {"file_name": "a.png", "text": 3})
     check_refused(tmp_path, 'metadata.jsonl line 1: "text" must be a text')
 
 
-def test_a_caption_column_that_is_not_there(tmp_path: Path) -> None:
+def test_a_missing_caption_column_is_an_error(tmp_path: Path) -> None:
     add_image(tmp_path, "a.png", "a")
     check_refused(tmp_path, "caption_column=note needs a metadata.jsonl, and ", None, "note")
     add_metadata(tmp_path, {"file_name": "a.png", "text": "a"})
@@ -176,7 +176,7 @@ def test_a_caption_column_that_is_not_there(tmp_path: Path) -> None:
     check_refused(tmp_path, message, None, "note")
 
 
-def test_captions_that_are_not_utf8(tmp_path: Path) -> None:
+def test_a_caption_file_that_is_not_utf8_is_an_error(tmp_path: Path) -> None:
     add_image(tmp_path, "a.png")
     (tmp_path / "a.txt").write_bytes("ein Würfel".encode("cp1252"))
     check_refused(tmp_path, "a.txt is not UTF-8 text: save it as UTF-8", "prompt")
@@ -185,7 +185,7 @@ def test_captions_that_are_not_utf8(tmp_path: Path) -> None:
 # What is shown before training
 
 
-def test_pictures_that_look_alike_are_named(tmp_path: Path) -> None:
+def test_images_that_look_alike_are_listed(tmp_path: Path) -> None:
     picture = Image.linear_gradient("L").rotate(30).resize((40, 40))
     picture.save(tmp_path / "a.png")
     picture.resize((64, 64)).save(tmp_path / "b.jpg")
@@ -197,7 +197,7 @@ def test_pictures_that_look_alike_are_named(tmp_path: Path) -> None:
     assert result.summary == "5 images, captions 0/5, 40 x 40 to 64 x 64 pixels; look alike: b.jpg (a.png)"
 
 
-def test_the_manifest_identifies_the_data_without_giving_it_away(tmp_path: Path) -> None:
+def test_the_manifest_identifies_the_data_without_revealing_it(tmp_path: Path) -> None:
     add_image(tmp_path, "a.png", "a secret caption", size=(8, 5))
     samples = load_samples(tmp_path).samples
     (entry,) = json.loads(json.dumps(manifest(samples)))

@@ -48,7 +48,7 @@ def file(tmp_path: Path) -> Path:
     return path
 
 
-def test_folders_have_repeats_and_prompts_of_their_own(file: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_each_folder_has_its_own_repeats_and_prompt(file: Path, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level("INFO"):
         result = load_dataset_file(file, None)
     assert [(one.id, one.caption, one.repeats) for one in result.samples] == [
@@ -60,7 +60,7 @@ def test_folders_have_repeats_and_prompts_of_their_own(file: Path, caplog: pytes
 
 
 @pytest.mark.parametrize("buckets", [False, True])
-def test_an_epoch_shows_each_image_as_often_as_its_folder_repeats_it(file: Path, buckets: bool) -> None:
+def test_an_epoch_has_each_image_as_often_as_its_folder_s_repeats(file: Path, buckets: bool) -> None:
     samples = load_dataset_file(file, None).samples
     config = TrainConfig().replace(seed=0, resolution=32, train_batch_size=1, use_aspect_ratio_buckets=buckets)
     schedule = build_schedule(config, samples, 16)
@@ -70,7 +70,7 @@ def test_an_epoch_shows_each_image_as_often_as_its_folder_repeats_it(file: Path,
     assert len(set(drawn)) == 10, "each showing has a crop of its own"
 
 
-def test_without_repeats_the_order_is_what_it_was(file: Path) -> None:
+def test_without_repeats_the_batches_are_those_of_the_plain_order(file: Path) -> None:
     from dataclasses import replace
 
     samples: list[Sample] = [replace(one, repeats=1) for one in load_dataset_file(file, None).samples]
@@ -110,13 +110,13 @@ def test_a_run_trains_on_all_folders(config: TrainConfig, file: Path) -> None:
         ("[dataset]\nx=1", "has dataset; only"),
     ],
 )
-def test_a_mistake_is_named_with_its_place(tmp_path: Path, text: str, message: str) -> None:
+def test_an_error_in_a_dataset_file_names_its_location(tmp_path: Path, text: str, message: str) -> None:
     (tmp_path / "data.toml").write_text(text)
     with pytest.raises(ConfigError, match=message):
         load_dataset_file(tmp_path / "data.toml", "an icon")
 
 
-def test_one_source_of_images_is_given(config: TrainConfig, tmp_path: Path) -> None:
+def test_two_sources_of_images_or_a_missing_dataset_file_are_an_error(config: TrainConfig, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"--instance_data_dir.*--dataset_config"):
         config.replace(dataset_config="data.toml")
     gone: Any = config.replace(instance_data_dir=None, dataset_config=str(tmp_path / "gone.toml"))

@@ -13,8 +13,8 @@ from flatlora_diffusion.data.image_folders import check_folders_apart, image_fol
 PRIOR = {"with_prior_preservation": True, "class_prompt": "an icon"}
 
 
-def of(root: Path, **settings: Any) -> TrainConfig:
-    """Settings whose places are below `root`."""
+def config_in(root: Path, **settings: Any) -> TrainConfig:
+    """Settings with paths below `root`."""
     places = {
         name: str(root / value) if name.endswith(("_dir", "_name")) else value for name, value in settings.items()
     }
@@ -28,31 +28,31 @@ def root(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_every_folder_of_images_is_known_by_the_setting_that_names_it(root: Path) -> None:
-    config = of(root, instance_data_dir="icons", validation_data_dir="others", class_data_dir="class")
+def test_image_folders_are_listed_by_setting(root: Path) -> None:
+    config = config_in(root, instance_data_dir="icons", validation_data_dir="others", class_data_dir="class")
     assert image_folders(config) == {"instance_data_dir": [root / "icons"], "validation_data_dir": [root / "others"]}
     assert image_folders(config.replace(**PRIOR))["class_data_dir"] == [root / "class"]
-    assert image_folders(of(root, dataset_name="icons")) == {"dataset_name": [root / "icons"]}
+    assert image_folders(config_in(root, dataset_name="icons")) == {"dataset_name": [root / "icons"]}
     assert image_folders(TrainConfig.from_dict({"dataset_name": "someone/icons"})) == {}
 
 
-def test_the_folders_of_a_dataset_file_are_known(root: Path) -> None:
+def test_the_folders_of_a_dataset_file_are_listed(root: Path) -> None:
     file = root / "dataset.toml"
     file.write_text(
         '[[datasets]]\n[[datasets.subsets]]\nimage_dir = "icons"\n[[datasets.subsets]]\nimage_dir = "more"\n'
     )
-    config = of(root).replace(dataset_config=str(file), output_dir=str(root / "more"))
+    config = config_in(root).replace(dataset_config=str(file), output_dir=str(root / "more"))
     (folders,) = image_folders(config).values()
     assert [folder.name for folder in folders] == ["icons", "more"]
 
 
 @pytest.mark.parametrize("setting", ["instance_data_dir", "validation_data_dir", "class_data_dir", "dataset_name"])
 @pytest.mark.parametrize("output", ["icons", "icons/run", "."])
-def test_a_run_s_folder_is_none_of_images_nor_in_or_around_one(root: Path, setting: str, output: str) -> None:
+def test_a_run_folder_that_overlaps_an_image_folder_is_an_error(root: Path, setting: str, output: str) -> None:
     prior = PRIOR if setting == "class_data_dir" else {}
-    check_folders_apart(of(root, **{setting: "icons"}, **prior))
+    check_folders_apart(config_in(root, **{setting: "icons"}, **prior))
     with pytest.raises(ConfigError, match=rf"output_dir=.*{setting}=.*icons"):
-        check_folders_apart(of(root, **{setting: "icons"}, **prior, output_dir=output))
+        check_folders_apart(config_in(root, **{setting: "icons"}, **prior, output_dir=output))
 
 
 @pytest.mark.parametrize(
@@ -69,11 +69,11 @@ def test_a_run_s_folder_is_none_of_images_nor_in_or_around_one(root: Path, setti
         ("embedding_cache_dir", "runs/one/cache", "instance_data_dir", False),
     ],
 )
-def test_what_a_run_makes_beside_its_folder_is_not_put_among_images(
+def test_class_images_and_caches_are_not_written_among_the_training_images(
     root: Path, setting: str, folder: str, images: str, is_refused: bool
 ) -> None:
     prior = PRIOR if setting == "class_data_dir" else {}
-    config = of(root, **{setting: folder, images: "all/icons"}, **prior)
+    config = config_in(root, **{setting: folder, images: "all/icons"}, **prior)
     if not is_refused:
         check_folders_apart(config)
         return
@@ -81,5 +81,5 @@ def test_what_a_run_makes_beside_its_folder_is_not_put_among_images(
         check_folders_apart(config)
 
 
-def test_class_images_that_are_not_asked_for_lie_where_they_like(root: Path) -> None:
-    check_folders_apart(of(root, instance_data_dir="icons", class_data_dir="icons"))
+def test_a_class_folder_without_prior_preservation_may_be_anywhere(root: Path) -> None:
+    check_folders_apart(config_in(root, instance_data_dir="icons", class_data_dir="icons"))

@@ -73,7 +73,7 @@ def test_exif_orientation_is_applied(tmp_path: Path, orientation: int, suffix: s
 
 
 @pytest.mark.parametrize("hidden", [(0, 0, 0, 0), (255, 0, 255, 0), (255, 255, 255, 0)])
-def test_colours_under_full_transparency_never_show(tmp_path: Path, hidden: tuple[int, ...]) -> None:
+def test_colours_of_fully_transparent_pixels_are_never_visible(tmp_path: Path, hidden: tuple[int, ...]) -> None:
     path = save(Image.new("RGBA", (4, 4), hidden), tmp_path / "icon.png")
     assert colour_at(path) == WHITE
     assert colour_at(path, background="#102030") == (16, 32, 48)
@@ -88,7 +88,7 @@ def test_half_transparency_mixes_with_the_background(tmp_path: Path) -> None:
     assert is_near(colour_at(gray), (127, 127, 127), 1)
 
 
-def test_opaque_colours_are_kept_exactly(tmp_path: Path) -> None:
+def test_opaque_colours_are_unchanged(tmp_path: Path) -> None:
     image = noise_image(9, 7)
     opaque = image.copy()
     opaque.putalpha(255)
@@ -97,14 +97,14 @@ def test_opaque_colours_are_kept_exactly(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("background", ["mauve-ish", "#ff", "#ffffff80", ""])
-def test_a_background_that_is_no_opaque_colour(tmp_path: Path, background: str) -> None:
+def test_a_background_that_is_not_an_opaque_colour_is_an_error(tmp_path: Path, background: str) -> None:
     path = save(Image.new("RGB", (4, 4)), tmp_path / "icon.png")
     expected = f"^background_color='{background}' is not an opaque colour: use a name such as white or #rrggbb$"
     with pytest.raises(ConfigError, match=expected):
         load_image(path, background)
 
 
-def test_palettes_with_and_without_transparency(tmp_path: Path) -> None:
+def test_palette_images_with_and_without_transparency_are_read(tmp_path: Path) -> None:
     image = Image.new("P", (4, 4), 1)
     image.putpalette([*GREEN, *BLUE, *RED])
     image.putpixel((0, 0), 0)
@@ -120,7 +120,7 @@ def test_palettes_with_and_without_transparency(tmp_path: Path) -> None:
     assert [colour_at(gif, x) for x in range(3)] == [WHITE, RED, BLUE]
 
 
-def test_a_transparent_colour_key(tmp_path: Path) -> None:
+def test_a_transparent_colour_key_is_applied(tmp_path: Path) -> None:
     image = Image.new("RGB", (4, 4), BLUE)
     image.putpixel((0, 0), GREEN)
     path = save(image, tmp_path / "key.png", transparency=GREEN)
@@ -131,12 +131,12 @@ def test_a_transparent_colour_key(tmp_path: Path) -> None:
     assert [colour_at(path, 0), colour_at(path, 1)] == [WHITE, (40, 40, 40)]
 
 
-def test_bilevel_and_gray(tmp_path: Path) -> None:
+def test_bilevel_and_gray_images_are_read(tmp_path: Path) -> None:
     assert colour_at(save(Image.new("1", (4, 4), 1), tmp_path / "bit.png")) == WHITE
     assert colour_at(save(Image.new("L", (4, 4), 77), tmp_path / "gray.png")) == (77, 77, 77)
 
 
-def test_cmyk(tmp_path: Path) -> None:
+def test_cmyk_images_are_read(tmp_path: Path) -> None:
     tiff = save(Image.new("CMYK", (8, 8), (0, 255, 255, 0)), tmp_path / "print.tif")
     assert colour_at(tiff) == RED
     jpeg = save(Image.new("CMYK", (8, 8), (255, 0, 255, 0)), tmp_path / "print.jpg")
@@ -150,14 +150,14 @@ def test_16_bit_gray_is_scaled_not_clipped(tmp_path: Path, suffix: str) -> None:
     assert [colour_at(path, x)[0] for x in range(6)] == [0, 0, 1, 1, 128, 255]
 
 
-def test_16_bit_gray_with_a_transparent_value(tmp_path: Path) -> None:
+def test_16_bit_gray_with_a_transparent_value_is_read(tmp_path: Path) -> None:
     values = np.array([[0, 257, 514]], dtype=np.uint16)
     path = save(Image.fromarray(values), tmp_path / "deep.png", transparency=257)
     assert [colour_at(path, x)[0] for x in range(3)] == [0, 255, 2]
 
 
 @pytest.mark.parametrize(("dtype", "kind"), [(np.float32, "floating-point"), (np.int32, "32-bit")])
-def test_pixels_of_unknown_range_are_refused(tmp_path: Path, dtype: type, kind: str) -> None:
+def test_pixels_of_unknown_range_are_an_error(tmp_path: Path, dtype: type, kind: str) -> None:
     path = save(Image.fromarray(np.full((4, 4), 100_000, dtype=dtype)), tmp_path / "data.tif")
     expected = f"data.tif cannot be read as an image: {kind} pixels; save it with 8 or 16 bits per channel"
     with pytest.raises(ImageError, match=f"^{expected}$"):
@@ -197,7 +197,7 @@ def test_broken_icc_profiles_are_ignored(tmp_path: Path, profile: bytes) -> None
 # What cannot be read
 
 
-def test_a_file_that_is_no_image(tmp_path: Path) -> None:
+def test_a_file_that_is_not_an_image_is_an_error(tmp_path: Path) -> None:
     path = tmp_path / "bad icon ü.png"
     path.write_bytes(b"not an image")
     expected = "^bad icon ü.png cannot be read as an image: not in a supported image format$"
@@ -206,19 +206,19 @@ def test_a_file_that_is_no_image(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("suffix", ["png", "jpg", "webp", "gif", "bmp", "tif"])
-def test_a_file_that_is_cut_off(tmp_path: Path, suffix: str) -> None:
+def test_a_truncated_image_is_an_error(tmp_path: Path, suffix: str) -> None:
     path = save(noise_image(64, 64), tmp_path / f"cut.{suffix}")
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
     with pytest.raises(ImageError, match=f"^cut.{suffix} cannot be read as an image: "):
         load_image(path)
 
 
-def test_a_file_that_is_gone(tmp_path: Path) -> None:
+def test_a_missing_image_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(ImageError, match=r"^gone.png cannot be read as an image: No such file or directory$"):
         load_image(tmp_path / "gone.png")
 
 
-def test_postscript_is_not_run(tmp_path: Path) -> None:
+def test_postscript_files_are_not_executed(tmp_path: Path) -> None:
     path = save(Image.new("RGB", (4, 4)), tmp_path / "drawing.eps")
     with pytest.raises(ImageError, match="not in a supported image format"):
         load_image(path)
@@ -229,7 +229,7 @@ def test_postscript_is_not_run(tmp_path: Path) -> None:
     ("width", "reason"),
     [(15, "15 x 10 pixels, more than the limit of 100"), (50, "more than twice the limit of 100 pixels")],
 )
-def test_pillows_pixel_limit_is_an_error(
+def test_an_image_above_pillow_s_pixel_limit_is_an_error(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, width: int, reason: str
 ) -> None:
     path = save(Image.new("RGB", (width, 10)), tmp_path / "huge.png")
@@ -254,7 +254,7 @@ def test_a_jpeg_of_more_than_25_million_pixels_is_decoded_at_half_its_size(tmp_p
     assert load_image(save(slope.resize((5001, 5001)), tmp_path / "chart.png")).size == (5001, 5001)
 
 
-def test_a_mask_fits_a_large_jpeg_and_what_is_decoded_of_it(tmp_path: Path) -> None:
+def test_the_mask_of_a_large_jpeg_may_have_full_or_half_size(tmp_path: Path) -> None:
     image = load_image(save(Image.new("L", (6001, 4500)), tmp_path / "photo.jpg"))
     mask = Image.new("L", (6001, 4500))
     mask.paste(255, (3000, 0, 6001, 4500))
@@ -276,13 +276,13 @@ def jpeg_that_says(width: int, height: int) -> bytes:
     return packed[:place] + struct.pack(">HH", height, width) + packed[place + 4 :]
 
 
-def test_a_jpeg_of_more_than_100_million_pixels_is_refused_before_it_is_decoded() -> None:
+def test_a_jpeg_of_more_than_100_million_pixels_is_rejected_before_decoding() -> None:
     with pytest.raises(ImageError, match="10001 x 10000 pixels, more than the limit of 100000000; make it smaller"):
         load_image(jpeg_that_says(10001, 10000))
 
 
 @pytest.mark.parametrize("kind", ["png", "bmp"])
-def test_an_icon_that_understates_its_picture_is_refused_before_it_is_opened(
+def test_an_icon_with_a_larger_image_than_its_header_says_is_rejected_before_it_is_opened(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
 ) -> None:
     path = tmp_path / "icon.ico"
@@ -325,7 +325,7 @@ def png_with_chunk(kind: bytes, data: bytes) -> bytes:
     ],
     ids=["text", "token", "number", "zero", "gif-zero", "bmp-zero"],
 )
-def test_whatever_pillow_raises_is_one_sentence_about_the_file(tmp_path: Path, content: bytes, reason: str) -> None:
+def test_any_error_of_pillow_becomes_one_sentence_with_the_file(tmp_path: Path, content: bytes, reason: str) -> None:
     path = tmp_path / "odd.bin"
     path.write_bytes(content)
     for read in (load_image, load_alpha, read_header):
@@ -334,14 +334,14 @@ def test_whatever_pillow_raises_is_one_sentence_about_the_file(tmp_path: Path, c
     assert find_images(tmp_path)[0] == []
 
 
-def test_an_image_that_is_hardly_more_than_a_line_is_refused_before_it_is_enlarged(tmp_path: Path) -> None:
+def test_an_extremely_narrow_image_is_rejected_before_it_is_enlarged(tmp_path: Path) -> None:
     path = save(Image.new("L", (1, 60_000)), tmp_path / "line.png")
     with pytest.raises(ImageError, match="1 x 60000 pixels, one side more than 50 times the other; crop it"):
         load_image(path)
     assert load_image(save(Image.new("L", (2, 100)), tmp_path / "thin.png")).size == (2, 100)
 
 
-def test_a_file_of_several_pictures_gives_the_first(tmp_path: Path) -> None:
+def test_a_file_with_several_images_gives_the_first(tmp_path: Path) -> None:
     second = Image.new("RGB", (8, 8), BLUE)
     path = save(Image.new("RGB", (8, 8), RED), tmp_path / "two.mpo", save_all=True, append_images=[second])
     assert Image.open(path).format == "MPO"
@@ -352,7 +352,7 @@ def test_a_file_of_several_pictures_gives_the_first(tmp_path: Path) -> None:
 # Which files of a folder are images
 
 
-def test_find_images_decides_by_content_and_names_what_it_skips(tmp_path: Path) -> None:
+def test_find_images_recognizes_images_by_content_and_lists_skipped_files(tmp_path: Path) -> None:
     for name in ("b.png", "a.jpg", "C.webp", "ü.gif"):
         save(Image.new("RGB", (4, 4)), tmp_path / name)
     save(Image.new("RGB", (4, 4)), tmp_path / "no_suffix", format="PNG")
@@ -373,7 +373,7 @@ def test_find_images_decides_by_content_and_names_what_it_skips(tmp_path: Path) 
     assert sorted(path.name for path in tmp_path.iterdir()) == before
 
 
-def test_find_images_says_nothing_of_what_is_plainly_no_image(tmp_path: Path) -> None:
+def test_find_images_does_not_list_text_files_and_folders_as_skipped(tmp_path: Path) -> None:
     save(Image.new("RGB", (4, 4)), tmp_path / "a.png")
     for text in ("LICENSE", "README.md", "build.py", "notes.CSV"):
         (tmp_path / text).write_text("Für alle", encoding="utf-8")
@@ -384,7 +384,7 @@ def test_find_images_says_nothing_of_what_is_plainly_no_image(tmp_path: Path) ->
     assert [name for name, _ in find_images(tmp_path)[1]] == ["camera", "drawing.svg"]
 
 
-def test_find_images_skips_files_that_end_too_early(tmp_path: Path) -> None:
+def test_find_images_skips_truncated_files(tmp_path: Path) -> None:
     path = save(noise_image(64, 64), tmp_path / "cut.jpg")
     path.write_bytes(path.read_bytes()[:1500])
     images, skipped = find_images(tmp_path)
@@ -393,7 +393,7 @@ def test_find_images_skips_files_that_end_too_early(tmp_path: Path) -> None:
     assert "truncated" in skipped[0][1]
 
 
-def test_find_images_needs_a_folder(tmp_path: Path) -> None:
+def test_find_images_without_a_folder_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"^image folder .*absent does not exist$"):
         find_images(tmp_path / "absent")
     (tmp_path / "file").touch()
@@ -456,7 +456,7 @@ def test_random_crops_cover_the_whole_image_and_report_their_corner() -> None:
     assert corners == {(0, left) for left in range(11)}
 
 
-def test_flips_are_as_frequent_as_not_and_leave_the_crop_alone() -> None:
+def test_half_of_the_images_are_flipped_and_flips_do_not_change_the_crop() -> None:
     image = noise_image(40, 30)
     flips = 0
     for seed in range(200):

@@ -15,7 +15,7 @@ from flatlora_diffusion.training.state import prepare
 from flatlora_diffusion.training.trainer import train_step
 
 
-def test_cached_latents_are_those_of_the_same_view(config: TrainConfig, tmp_path: Path) -> None:
+def test_cached_latents_equal_those_of_the_same_crop_and_flip(config: TrainConfig, tmp_path: Path) -> None:
     cached = config.replace(cache_latents=True, random_flip=True, embedding_cache_dir=str(tmp_path / "cache"))
     first = prepare(cached, samples_of(config)).batches
     files = set((tmp_path / "cache").iterdir())
@@ -38,7 +38,7 @@ def test_cached_latents_are_those_of_the_same_view(config: TrainConfig, tmp_path
 
 
 @pytest.mark.parametrize("buckets", [False, True])
-def test_offload_leaves_the_vae_where_class_images_are_still_to_be_encoded(
+def test_offload_keeps_the_vae_on_the_device_if_class_images_are_still_to_be_encoded(
     config: TrainConfig, icons: Path, monkeypatch: pytest.MonkeyPatch, buckets: bool
 ) -> None:
     moves: Any = []
@@ -53,7 +53,7 @@ def test_offload_leaves_the_vae_where_class_images_are_still_to_be_encoded(
 
 
 @pytest.mark.parametrize("is_cached", [True, False])
-def test_latents_that_are_not_finite_stop_the_run_with_the_image_s_name(
+def test_latents_with_nan_stop_the_run_with_the_image_s_name(
     config: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_cached: bool
 ) -> None:
     settings = config.replace(cache_latents=is_cached, embedding_cache_dir=str(tmp_path / "cache"))

@@ -18,7 +18,7 @@ from flatlora_diffusion.sdxl.pipeline import Sdxl
 from flatlora_diffusion.training.state import prepare
 
 
-def test_prompt_embeddings_are_kept_on_disk_and_made_anew_when_the_caption_changes(
+def test_prompt_embeddings_are_cached_on_disk_and_recomputed_for_a_changed_caption(
     config: TrainConfig, icons: Path, tmp_path: Path
 ) -> None:
     cached = config.replace(cache_text_embeddings=True, embedding_cache_dir=str(tmp_path / "cache"))
@@ -33,7 +33,7 @@ def test_prompt_embeddings_are_kept_on_disk_and_made_anew_when_the_caption_chang
     assert len(list((tmp_path / "cache").iterdir())) == 6
 
 
-def test_captions_that_are_cut_are_told_of(config: TrainConfig, caplog: pytest.LogCaptureFixture) -> None:
+def test_truncated_captions_are_a_warning(config: TrainConfig, caplog: pytest.LogCaptureFixture) -> None:
     samples = samples_of(config)
     with caplog.at_level("WARNING"):
         prepare(config, [replace(samples[0], caption="cat " * 75), *samples[1:]])
@@ -58,7 +58,7 @@ def drawn(data: DataConfig, epochs: int = 200) -> list[list[str]]:
     return [augmented_caption(CAPTION, data, 0, "a.png", epoch).split(", ") for epoch in range(epochs)]
 
 
-def test_the_first_tags_stay_and_the_others_are_shuffled() -> None:
+def test_the_first_tags_stay_in_place_and_the_others_are_shuffled() -> None:
     captions = drawn(DataConfig(shuffle_tags=True, keep_tags=2))
     assert all(tags[:2] == ["TOK", "1girl"] and sorted(tags) == sorted(CAPTION.split(", ")) for tags in captions)
     assert len({tuple(tags) for tags in captions}) == 24, "all orders of four tags"
@@ -66,7 +66,7 @@ def test_the_first_tags_stay_and_the_others_are_shuffled() -> None:
     assert augmented_caption(CAPTION, DataConfig(), 0, "a.png", 3) == CAPTION
 
 
-def test_so_many_of_the_others_are_left_out() -> None:
+def test_tag_dropout_drops_that_fraction_of_the_other_tags() -> None:
     captions = drawn(DataConfig(tag_dropout=0.25, keep_tags=1), 2000)
     assert all(tags[0] == "TOK" for tags in captions)
     assert sum(len(tags) - 1 for tags in captions) / (2000 * 5) == pytest.approx(0.75, abs=0.02)
@@ -74,7 +74,7 @@ def test_so_many_of_the_others_are_left_out() -> None:
     assert all(order == sorted(order) for order in orders), "without --shuffle_tags in their order"
 
 
-def test_batches_have_the_embeddings_of_the_drawn_captions(config: TrainConfig) -> None:
+def test_batches_have_the_embeddings_of_the_shuffled_captions(config: TrainConfig) -> None:
     state = prepare(config.replace(tag_dropout=1.0, keep_tags=0, offload=True, cache_latents=True), samples_of(config))
     batch = state.batches.batch(0, 0)
     empty, _, pooled, _ = state.sdxl.pipeline.encode_prompt("", do_classifier_free_guidance=False)
@@ -84,14 +84,14 @@ def test_batches_have_the_embeddings_of_the_drawn_captions(config: TrainConfig) 
     torch.testing.assert_close(batch.pooled_prompt_embeds[:1], pooled)
 
 
-def test_settings_that_mean_nothing_together_are_refused(config: TrainConfig) -> None:
+def test_caption_settings_that_exclude_each_other_are_an_error(config: TrainConfig) -> None:
     with pytest.raises(ConfigError, match=r"--keep_tags.*--shuffle_tags"):
         config.replace(keep_tags=1)
     with pytest.raises(ConfigError, match=r"--cache_text_embeddings.*--shuffle_tags"):
         config.replace(shuffle_tags=True, cache_text_embeddings=True)
 
 
-def test_a_mask_beside_an_image_says_which_pixels_count(config: TrainConfig, tmp_path: Path) -> None:
+def test_a_mask_file_beside_an_image_selects_the_pixels_of_the_loss(config: TrainConfig, tmp_path: Path) -> None:
     folder = tmp_path / "masked"
     folder.mkdir()
     Image.new("RGB", (32, 32), "red").save(folder / "a.png")

@@ -34,13 +34,13 @@ def test_the_order_stays_the_same_from_release_to_release() -> None:
     assert shown(Order(1, "order", 5, 1, 1), 5, first=10) == [2, 3, 4, 0, 1]
 
 
-def test_batches_run_over_the_ends_of_epochs() -> None:
+def test_batches_continue_with_the_next_epoch() -> None:
     single, pairs = (Order(7, "order", 5, 1, size) for size in (1, 2))
     assert shown(pairs, 5) == shown(single, 10)
     assert [draw.epoch for index in range(5) for draw in pairs.batch(index)] == [0] * 5 + [1] * 5
 
 
-def test_repeats_show_each_image_again_with_a_view_of_its_own() -> None:
+def test_each_repeat_of_an_image_has_its_own_random_key() -> None:
     order = Order(0, "order", count=3, repeats=4, batch_size=12)
     for epoch in range(2):
         draws = order.batch(epoch)
@@ -49,7 +49,7 @@ def test_repeats_show_each_image_again_with_a_view_of_its_own() -> None:
     assert not set(order.batch(0)) & set(order.batch(1))
 
 
-def test_bucket_batches_hold_one_bucket_and_every_sample_in_every_epoch() -> None:
+def test_every_batch_has_a_single_bucket_and_every_epoch_every_sample() -> None:
     buckets = [0] * 7 + [1] * 3 + [2]
     order = BucketOrder(0, "order", buckets, repeats=1, batch_size=4)
     assert order.batches_per_epoch == 2 + 1 + 1
@@ -66,7 +66,7 @@ def test_bucket_batches_hold_one_bucket_and_every_sample_in_every_epoch() -> Non
     assert len(orders) > 3, "the batches are not shuffled"
 
 
-def test_the_order_leaves_the_global_generator_alone() -> None:
+def test_the_order_does_not_use_the_global_generator() -> None:
     before = torch.get_rng_state()
     BucketOrder(0, "order", [0, 1, 1], 2, 2).batch(5)
     Order(0, "order", 3, 2, 2).batch(5)

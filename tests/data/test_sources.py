@@ -42,7 +42,7 @@ def test_a_hugging_face_dataset_is_trained_on(config: TrainConfig, icons: Path, 
             train(named.replace(**changes))
 
 
-def test_the_configuration_of_a_dataset_is_asked_for(config: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_dataset_is_loaded_with_its_configuration_name(config: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     datasets = pytest.importorskip("datasets")
     asked: list[Any] = []
 
@@ -59,7 +59,7 @@ def test_the_configuration_of_a_dataset_is_asked_for(config: TrainConfig, monkey
     assert asked == [(("a/b", "flat"), {"cache_dir": "hf"})]
 
 
-def test_rows_of_a_dataset_without_caption_or_image_count_as_that(
+def test_dataset_rows_without_caption_or_image_count_as_missing(
     config: TrainConfig, icons: Path, tmp_path: Path
 ) -> None:
     pytest.importorskip("datasets")
@@ -91,7 +91,7 @@ def test_rows_of_a_dataset_without_caption_or_image_count_as_that(
         load_training_set(data)
 
 
-def test_heldout_captions_stand_where_those_of_the_training_images_do(
+def test_heldout_images_use_the_caption_column_if_they_have_it(
     config: TrainConfig, icons: Path, tmp_path: Path
 ) -> None:
     folders = [tmp_path / name for name in ("training", "heldout", "sidecars")]

@@ -1,4 +1,4 @@
-"""diffusers' own file: a stock pipeline that loads it computes what was trained, whatever the adapter."""
+"""The file for diffusers: a stock pipeline computes the trained function with every adapter."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ ADAPTERS: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("name", ADAPTERS)
-def test_a_stock_pipeline_computes_what_was_trained(
+def test_a_stock_pipeline_computes_the_trained_function(
     config: TrainConfig, base: Path, name: str, tmp_path: Path
 ) -> None:
     state = trained(config.replace(**ADAPTERS[name], learning_rate=0.1, text_encoder_lr=0.1))

@@ -1,4 +1,4 @@
-"""A training that starts from a LoRA: in any layout, with each layer's alpha, DoRA's magnitudes, or one sentence."""
+"""Training from an existing LoRA: every layout, each layer's alpha, DoRA's magnitudes, error messages."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def test_a_start_from_a_dora_has_its_magnitudes(config: TrainConfig, tmp_path: P
 
 
 @pytest.mark.parametrize("precision", ["no", "bf16"])
-def test_a_dora_that_starts_from_a_plain_lora_starts_at_its_merged_weights(
+def test_a_dora_initialized_from_a_plain_lora_starts_at_its_merged_weights(
     config: TrainConfig, tmp_path: Path, precision: str
 ) -> None:
     plain = config.replace(learning_rate=0.1, save_dtype="fp32", mixed_precision=precision)

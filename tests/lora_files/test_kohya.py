@@ -1,4 +1,4 @@
-"""Names and tensors of the kohya file: every name against diffusers' own conversion, on SDXL's true topology."""
+"""Names and tensors of the kohya file, compared with diffusers' conversion on SDXL's topology."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def factors(rank: int, scale: float, width: int = 6, height: int = 5) -> Update:
     return Update(torch.randn(rank, width, generator=rng), torch.randn(height, rank, generator=rng), scale)
 
 
-def test_every_name_of_the_unet_is_that_of_diffusers_own_conversion(unet: Any) -> None:
+def test_every_unet_name_equals_diffusers_conversion(unet: Any) -> None:
     original = {f"model.diffusion_model.{name}": value for name, value in unet_tensors(unet.state_dict()).items()}
     # Each tensor is told by its number, so that one of the same shape cannot stand in for it.
     numbered = {name: torch.tensor(number) for number, name in enumerate(original)}
@@ -80,7 +80,7 @@ def test_every_name_is_read_back_by_diffusers_lora_loader(unet: Any) -> None:
     assert len(layers) == 794 - 6
 
 
-def test_the_names_of_both_text_encoders() -> None:
+def test_the_names_of_both_text_encoders_are_kohya_s() -> None:
     expected, found = set(), set()
     for number, (kind, layers) in enumerate(((CLIPTextModel, 12), (CLIPTextModelWithProjection, 32)), start=1):
         part = ("text_encoder", "text_encoder_2")[number - 1]
@@ -110,7 +110,7 @@ def test_the_header_of_a_lora_on_everything_stays_below_a_mebibyte(unet: Any) ->
 
 
 @pytest.mark.parametrize("module", ["conv_in", "conv_out", "time_embedding.linear_1", "add_embedding.linear_2"])
-def test_what_other_tools_drop_has_no_name(module: str) -> None:
+def test_layers_that_other_tools_ignore_have_no_kohya_name(module: str) -> None:
     with pytest.raises(KeyError, match="no original name"):
         kohya_name("unet", module)
 
@@ -175,7 +175,7 @@ def test_an_incomplete_attention_of_the_second_encoder_gets_partners_of_zeros(un
     assert len(updates["text_encoder_2"]) == 2, "the given updates stay as they are"
 
 
-def test_a_lora_on_some_blocks_still_tells_its_base(unet: Any) -> None:
+def test_a_lora_on_some_blocks_gets_the_layers_that_identify_its_base(unet: Any) -> None:
     updates = {"unet": {"up_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q": factors(4, 1.0, 1280, 1280)}}
     tensors = dict(kohya_tensors(with_required_layers(updates, unet)))
     for name, width in (
@@ -189,7 +189,7 @@ def test_a_lora_on_some_blocks_still_tells_its_base(unet: Any) -> None:
     assert with_required_layers({}, unet) == {}
 
 
-def test_the_rank_and_the_alpha_of_the_metadata_are_of_one_layer_and_of_the_unet() -> None:
+def test_rank_and_alpha_of_the_metadata_are_from_a_layer_of_the_unet() -> None:
     def update(rank: int, scale: float) -> Update:
         return Update(torch.ones(rank, 8), torch.ones(8, rank), scale)
 
@@ -200,5 +200,5 @@ def test_the_rank_and_the_alpha_of_the_metadata_are_of_one_layer_and_of_the_unet
         ({"text_encoder": text, "unet": unet}, ("32", "32.0")),
         ({"text_encoder": text}, ("64", "16.0")),
     ):
-        said = with_content_keys({}, contents_of(kohya_tensors(updates)))
-        assert (said["ss_network_dim"], said["ss_network_alpha"]) == expected
+        metadata = with_content_keys({}, contents_of(kohya_tensors(updates)))
+        assert (metadata["ss_network_dim"], metadata["ss_network_alpha"]) == expected

@@ -1,4 +1,4 @@
-"""A file that applies at another strength than was trained is warned of, with the factor and the way to mend it."""
+"""Files whose strength differs from that in training: the warning, its factor and the remedy."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def scripts_copy(pipeline: Any, folder: Path) -> Path:
 
 @pytest.mark.parametrize(("alpha", "factor"), [(2 * RANK, "0.5"), (RANK / 2, "2"), (4 * RANK, "0.25"), (RANK, None)])
 @pytest.mark.parametrize("text", [(), TEXT], ids=["unet", "text"])
-def test_the_copy_of_diffusers_scripts_is_off_by_a_factor(
+def test_the_kohya_file_of_diffusers_scripts_has_a_wrong_scale(
     base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], text: tuple[str, ...], alpha: float, factor: str
 ) -> None:
     path = scripts_copy(pipeline_of(base, alpha, text), tmp_path)
@@ -74,7 +74,7 @@ def test_the_copy_of_diffusers_scripts_is_off_by_a_factor(
 
 
 @pytest.mark.parametrize("verb", ["import", "export", "resize"])
-def test_every_verb_that_reads_such_a_file_warns(
+def test_every_verb_that_reads_a_file_with_a_lost_alpha_warns(
     base: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, verb: str
 ) -> None:
     path = scripts_copy(pipeline_of(base, 2 * RANK, ()), tmp_path)
@@ -82,7 +82,9 @@ def test_every_verb_that_reads_such_a_file_warns(
     assert "lost its alpha" in caplog.text
 
 
-def test_exporting_the_file_beside_it_mends_it(base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_exporting_the_diffusers_file_gives_the_right_scale(
+    base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     pipeline = adapted(base, ATTENTION, TEXT)
     scripts_copy(pipeline, tmp_path)
     output = tmp_path / "mended.safetensors"
@@ -93,7 +95,7 @@ def test_exporting_the_file_beside_it_mends_it(base: Path, tmp_path: Path, capsy
     assert report(output, base, capsys)["warnings"] == []
 
 
-def test_files_with_true_alphas_are_not_warned_of(
+def test_files_with_correct_alphas_give_no_warning(
     base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     whole = factors(adapted(base, ATTENTION, TEXT))
@@ -108,15 +110,15 @@ def test_files_with_true_alphas_are_not_warned_of(
 
 
 @pytest.mark.parametrize(("alpha", "factor"), [(2 * RANK, "0.5"), (RANK / 4, "4"), (RANK, None)])
-def test_tools_that_ignore_the_metadata_are_noted_with_the_factor(
+def test_the_report_has_the_factor_for_tools_that_ignore_the_metadata(
     base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], alpha: float, factor: str | None
 ) -> None:
     pipeline = pipeline_of(base, alpha, TEXT)
     path = by_diffusers(pipeline, tmp_path / "x.safetensors", old_names=False)
     notes = {row["tool"]: row["note"] for row in report(path, base, capsys)["tools"]}
-    said = f"at {factor} times its strength"
+    note = f"at {factor} times its strength"
     for tool in ("ComfyUI", "stable-diffusion.cpp", "Draw Things"):
-        assert (said in notes[tool]) == (factor is not None), notes[tool]
+        assert (note in notes[tool]) == (factor is not None), notes[tool]
     for tool in ("AUTOMATIC1111", "SD.Next", "diffusers"):  # they load nothing of it, or read the metadata
         assert "times its strength" not in notes[tool]
     folded = report(saved(peft(factors(pipeline), ALPHAS), tmp_path / "y.safetensors"), base, capsys)

@@ -1,4 +1,4 @@
-"""Every layout of one LoRA gives the same update of each weight, that of diffusers; what cannot be read is named."""
+"""Every layout of a LoRA gives the same update of each weight, equal to that of diffusers; error messages."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def assert_same(found: dict[str, Tensor], expected: dict[str, Tensor], tolerance
         torch.testing.assert_close(found[name], value, rtol=0, atol=tolerance, msg=name)
 
 
-def test_kohya_with_the_original_block_names(pipeline: Any, base: Path, tmp_path: Path) -> None:
+def test_kohya_with_the_original_block_names_is_read(pipeline: Any, base: Path, tmp_path: Path) -> None:
     lora = read(saved(kohya(factors(pipeline)), tmp_path / "x.safetensors"), base)
     assert_same(updates(lora), deltas(pipeline))
     assert_same(as_diffusers_loads(base, tmp_path / "x.safetensors"), updates(lora))
@@ -73,7 +73,7 @@ def test_kohya_with_the_original_block_names(pipeline: Any, base: Path, tmp_path
     assert not lora.unknown
 
 
-def test_kohya_with_diffusers_block_names(pipeline: Any, base: Path, tmp_path: Path) -> None:
+def test_kohya_with_diffusers_block_names_is_read(pipeline: Any, base: Path, tmp_path: Path) -> None:
     lora = read(saved(kohya(factors(pipeline), original=False), tmp_path / "x.safetensors"), base)
     assert_same(updates(lora), deltas(pipeline))
     assert {layer.target.style for layer in lora.layers if layer.target.part == "unet"} == {"kohya-diffusers"}
@@ -87,7 +87,7 @@ def test_kohya_without_alphas_has_the_scale_1(pipeline: Any, base: Path, tmp_pat
     assert_same(updates(lora), expected)
 
 
-def test_kohya_with_an_alpha_for_each_layer(pipeline: Any, base: Path, tmp_path: Path) -> None:
+def test_kohya_with_an_alpha_for_each_layer_is_read(pipeline: Any, base: Path, tmp_path: Path) -> None:
     """diffusers gives the commonest alpha to all; other tools and we do not."""
     tensors = kohya(factors(pipeline))
     names = [name for name in tensors if name.endswith(".alpha")]
@@ -105,7 +105,7 @@ def test_kohya_with_an_alpha_for_each_layer(pipeline: Any, base: Path, tmp_path:
 
 
 @pytest.mark.parametrize("old_names", [False, True], ids=["lora_A", "lora.down"])
-def test_the_files_of_diffusers_scripts(attention: Any, base: Path, tmp_path: Path, old_names: bool) -> None:
+def test_the_files_of_diffusers_scripts_are_read(attention: Any, base: Path, tmp_path: Path, old_names: bool) -> None:
     path = by_diffusers(attention, tmp_path / "x.safetensors", old_names)
     lora = read(path, base)
     assert_same(updates(lora), deltas(attention))
@@ -113,20 +113,20 @@ def test_the_files_of_diffusers_scripts(attention: Any, base: Path, tmp_path: Pa
     assert {layer.target.style for layer in lora.layers} == {"diffusers-old" if old_names else "peft"}
 
 
-def test_a_file_of_two_kinds_of_names_is_read_in_full(pipeline: Any, base: Path, tmp_path: Path) -> None:
+def test_a_file_with_two_kinds_of_names_is_read_completely(pipeline: Any, base: Path, tmp_path: Path) -> None:
     """diffusers' converter renames attention only, and its loader then skips one of the two kinds."""
     lora = read(by_diffusers(pipeline, tmp_path / "x.safetensors", old_names=True), base)
     assert_same(updates(lora), deltas(pipeline))
     assert {layer.target.style for layer in lora.layers} == {"diffusers-old", "peft"}
 
 
-def test_peft_with_the_scale_folded_in(pipeline: Any, base: Path, tmp_path: Path) -> None:
+def test_peft_with_the_scale_in_the_factors_is_read(pipeline: Any, base: Path, tmp_path: Path) -> None:
     path = saved(peft(factors(pipeline), ALPHAS), tmp_path / "x.safetensors")
     assert_same(updates(read(path, base)), deltas(pipeline))
     assert_same(as_diffusers_loads(base, path), deltas(pipeline))
 
 
-def test_peft_without_text_model_and_with_its_own_prefix(pipeline: Any, base: Path, tmp_path: Path) -> None:
+def test_peft_without_text_model_and_with_its_own_prefix_is_read(pipeline: Any, base: Path, tmp_path: Path) -> None:
     tensors = peft(factors(pipeline), ALPHAS)
     short = {name.replace(".text_model.", "."): value for name, value in tensors.items()}
     assert_same(updates(read(saved(short, tmp_path / "x.safetensors"), base)), deltas(pipeline))
@@ -139,7 +139,9 @@ def test_peft_without_text_model_and_with_its_own_prefix(pipeline: Any, base: Pa
     assert_same(updates(wrapped), expected)
 
 
-def test_rank_stabilized_scale_and_patterns_of_the_metadata(pipeline: Any, base: Path, tmp_path: Path) -> None:
+def test_rank_stabilized_scale_and_patterns_in_the_metadata_are_applied(
+    pipeline: Any, base: Path, tmp_path: Path
+) -> None:
     unet = {name: value for name, value in peft(factors(pipeline)).items() if name.startswith("unet.")}
     one = "down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q"
     settings = {"unet.r": RANK, "unet.lora_alpha": 6, "unet.use_rslora": True, "unet.alpha_pattern": {one: 8}}
@@ -159,7 +161,7 @@ def saved_by_peft(folder: Path, pipeline: Any, config: dict[str, Any] | None) ->
     return saved(named, folder / "adapter_model.safetensors")
 
 
-def test_peft_keeps_its_scale_in_a_file_beside_it(
+def test_the_scale_of_a_peft_file_is_read_from_adapter_config_json(
     pipeline: Any, base: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     one = "down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q"
@@ -187,14 +189,14 @@ def test_peft_keeps_its_scale_in_a_file_beside_it(
         ([], "adapter_config.json"),
     ],
 )
-def test_settings_of_peft_that_cannot_be_used_get_one_sentence(
+def test_unsupported_settings_of_peft_are_an_error_of_one_sentence(
     pipeline: Any, base: Path, tmp_path: Path, config: Any, sentence: str
 ) -> None:
     with pytest.raises(ConfigError, match=sentence):
         read(saved_by_peft(tmp_path / "x", pipeline, config), base)
 
 
-def test_a_loaded_base_takes_peft_dora_and_nothing_half(pipeline: Any, base: Path, tmp_path: Path) -> None:
+def test_a_dora_in_peft_s_layout_loads_only_if_it_is_complete(pipeline: Any, base: Path, tmp_path: Path) -> None:
     unet = {name: value for name, value in peft(factors(pipeline)).items() if name.startswith("unet.")}
     magnitudes = {
         name.replace(".lora_B.weight", ".lora_magnitude_vector"): torch.rand(len(value))
@@ -219,7 +221,7 @@ def test_a_loaded_base_takes_peft_dora_and_nothing_half(pipeline: Any, base: Pat
         loaded(unet | magnitudes | {first: torch.ones(3)})
 
 
-def test_the_oldest_names_of_diffusers(attention: Any, base: Path, tmp_path: Path) -> None:
+def test_the_oldest_names_of_diffusers_are_read(attention: Any, base: Path, tmp_path: Path) -> None:
     path = saved(processor(factors(attention), ALPHAS), tmp_path / "x.safetensors")
     lora = read(path, base)
     assert_same(updates(lora), deltas(attention))
@@ -228,7 +230,9 @@ def test_the_oldest_names_of_diffusers(attention: Any, base: Path, tmp_path: Pat
 
 
 @pytest.mark.parametrize("alphas", [ALPHAS, None], ids=["alphas", "no-alphas"])
-def test_the_names_of_comfyui(pipeline: Any, base: Path, tmp_path: Path, alphas: dict[str, float] | None) -> None:
+def test_the_names_of_comfyui_are_read(
+    pipeline: Any, base: Path, tmp_path: Path, alphas: dict[str, float] | None
+) -> None:
     """With the changes of biases and norms beside the factors, as its nodes save them unless told not to."""
     small = {
         "diffusion_model.out.2.diff_b": torch.ones(4),
@@ -243,13 +247,13 @@ def test_the_names_of_comfyui(pipeline: Any, base: Path, tmp_path: Path, alphas:
     assert sorted(lora.unknown) == sorted(small)
 
 
-def test_a_locon_in_the_names_of_lycoris(pipeline: Any, base: Path, tmp_path: Path) -> None:
+def test_a_locon_with_the_names_of_lycoris_is_read(pipeline: Any, base: Path, tmp_path: Path) -> None:
     lora = read(saved(lycoris(factors(pipeline)), tmp_path / "x.safetensors"), base)
     assert_same(updates(lora), {name: value for name, value in deltas(pipeline).items() if name.startswith("unet.")})
     assert {layer.target.style for layer in lora.layers} == {"lycoris"}
 
 
-def test_unknown_keys_are_listed_and_the_rest_is_read(pipeline: Any, base: Path, tmp_path: Path) -> None:
+def test_unknown_keys_are_listed_and_the_others_are_read(pipeline: Any, base: Path, tmp_path: Path) -> None:
     more = {
         "lora_unet_no_such_layer.lora_down.weight": torch.ones(4, 8),
         "lora_unet_no_such_layer.alpha": torch.ones(()),
@@ -260,7 +264,7 @@ def test_unknown_keys_are_listed_and_the_rest_is_read(pipeline: Any, base: Path,
 
 
 @pytest.mark.parametrize("original", [True, False])
-def test_every_layer_of_true_sdxl_is_found_under_its_name(original: bool) -> None:
+def test_every_layer_of_real_sdxl_is_found_by_its_name(original: bool) -> None:
     """794 layers in blocks, six outside of them, and the text encoders' linear layers."""
     names = base_names()
     style = "kohya-sgm" if original else "kohya-diffusers"
@@ -277,13 +281,13 @@ def test_every_layer_of_true_sdxl_is_found_under_its_name(original: bool) -> Non
     assert len(names.shapes["text_encoder_2"]) == 32 * 6 + 1
 
 
-def test_a_quantized_layer_has_the_shape_that_it_stands_for() -> None:
+def test_a_quantized_layer_has_the_shape_of_its_unquantized_weight() -> None:
     model = torch.nn.Sequential(torch.nn.Linear(8, 6), torch.nn.Conv2d(2, 3, 5))
     model[0].weight = torch.nn.Parameter(torch.zeros(24, 1, dtype=torch.uint8), requires_grad=False)
     assert layer_shapes("unet", model) == {"0": (6, 8), "1": (3, 2, 5, 5)}
 
 
-def test_sdxl_and_the_tiny_base_are_told_apart_by_shapes(tmp_path: Path) -> None:
+def test_sdxl_and_the_tiny_base_are_distinguished_by_shapes(tmp_path: Path) -> None:
     name = "lora_unet_input_blocks_4_1_transformer_blocks_0_attn2_to_k"
     for width, out, base in ((2048, 640, "SDXL"), (224, 96, "tiny")):
         tensors = {f"{name}.lora_down.weight": torch.ones(2, width), f"{name}.lora_up.weight": torch.ones(out, 2)}
@@ -315,7 +319,7 @@ ATTN2 = "transformer_blocks_0_attn2_to_k"
         (with_one("diffusion_model.blocks.0.self_attn.q", 8, 8, ("lora_A", "lora_B")), "a transformer model"),
     ],
 )
-def test_a_lora_of_another_family_is_refused_by_its_name(
+def test_the_error_for_a_lora_of_another_family_names_the_family(
     tmp_path: Path, tensors: dict[str, Tensor], family: str
 ) -> None:
     with pytest.raises(ConfigError, match=f"is a LoRA for {family}.*, not for SDXL$"):
@@ -354,7 +358,9 @@ GOOD = with_one(NAME, 2048, 640)
         ({"some.weight": torch.ones(2)}, r"no LoRA layer.*some\.weight"),
     ],
 )
-def test_what_is_no_lora_of_sdxl_gets_one_sentence(tmp_path: Path, tensors: dict[str, Tensor], sentence: str) -> None:
+def test_a_file_that_is_not_a_lora_of_sdxl_is_an_error_of_one_sentence(
+    tmp_path: Path, tensors: dict[str, Tensor], sentence: str
+) -> None:
     assert read(saved(GOOD, tmp_path / "good.safetensors"), None).layers
     with pytest.raises(ConfigError, match=sentence) as caught:
         read(saved(tensors, tmp_path / "x.safetensors"), None)
@@ -362,7 +368,7 @@ def test_what_is_no_lora_of_sdxl_gets_one_sentence(tmp_path: Path, tensors: dict
 
 
 @pytest.mark.parametrize("metadata", ["[", "[]", "[" * 9999, '{"unet.lora_alpha": "4"}', '{"unet.lora_alpha": NaN}'])
-def test_adapter_metadata_that_are_none_get_one_sentence(tmp_path: Path, metadata: str) -> None:
+def test_invalid_adapter_metadata_is_an_error(tmp_path: Path, metadata: str) -> None:
     name = "unet.down_blocks.1.attentions.0.transformer_blocks.0.attn2.to_k"
     tensors = with_one(name, 2048, 640, ("lora_A", "lora_B"))
     with pytest.raises(ConfigError, match="lora_adapter_metadata"):

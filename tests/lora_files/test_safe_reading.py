@@ -1,4 +1,4 @@
-"""Files made to harm or simply broken get one sentence, in little memory; sound ones are read bit for bit."""
+"""Hostile and broken files are an error of one sentence and take little memory; valid files are read bit for bit."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def changed(**values: Any) -> dict[str, Any]:
     return {"a": SOUND["a"] | values}
 
 
-def complaint(path: Path) -> str:
+def error_message(path: Path) -> str:
     with pytest.raises(ConfigError) as caught:
         read_header(path)
     message = str(caught.value)
@@ -46,7 +46,7 @@ def complaint(path: Path) -> str:
     [torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.int64, torch.bool],
     ids=str,
 )
-def test_a_sound_file_is_read_as_it_was_written(tmp_path: Path, dtype: torch.dtype) -> None:
+def test_a_valid_file_is_read_as_it_was_written(tmp_path: Path, dtype: torch.dtype) -> None:
     values = {"a": torch.arange(6).reshape(2, 3).to(dtype), "b": torch.tensor(1).to(dtype), "c": torch.empty(0, 4)}
     save_file(values, tmp_path / "x.safetensors", metadata={"ss_steps": "7"})
     file = read_header(tmp_path / "x.safetensors")
@@ -58,7 +58,7 @@ def test_a_sound_file_is_read_as_it_was_written(tmp_path: Path, dtype: torch.dty
         assert torch.equal(read.float(), value.float())
 
 
-def test_the_files_of_these_tests_are_sound_but_for_what_is_changed(tmp_path: Path) -> None:
+def test_the_unchanged_file_of_these_tests_is_valid(tmp_path: Path) -> None:
     assert read_header(written(tmp_path / "x.safetensors", SOUND)).tensor("a").shape == (2, 2)
 
 
@@ -98,23 +98,23 @@ def test_the_files_of_these_tests_are_sound_but_for_what_is_changed(tmp_path: Pa
         (SOUND | {"b": {"dtype": "U8", "shape": [9], "data_offsets": [7, 16]}}, "overlaps another tensor"),
     ],
 )
-def test_a_wrong_header_is_refused(tmp_path: Path, header: Any, sentence: str) -> None:
-    assert sentence in complaint(written(tmp_path / "x.safetensors", header))
+def test_an_invalid_header_is_an_error(tmp_path: Path, header: Any, sentence: str) -> None:
+    assert sentence in error_message(written(tmp_path / "x.safetensors", header))
 
 
 @pytest.mark.parametrize("size", [1, 7, 8, 20, -1])
-def test_a_truncated_file_is_refused(tmp_path: Path, size: int) -> None:
+def test_a_truncated_file_is_an_error(tmp_path: Path, size: int) -> None:
     whole = written(tmp_path / "whole.safetensors", SOUND).read_bytes()
     (tmp_path / "x.safetensors").write_bytes(whole[:size])
-    assert "truncated" in complaint(tmp_path / "x.safetensors")
+    assert "truncated" in error_message(tmp_path / "x.safetensors")
 
 
 @pytest.mark.parametrize("length", [100 * 10**9, 2**64 - 1, MAX_HEADER_BYTES + 1])
-def test_a_huge_header_is_refused_without_being_read(tmp_path: Path, length: int) -> None:
+def test_a_huge_header_is_an_error_and_is_not_read(tmp_path: Path, length: int) -> None:
     path = written(tmp_path / "x.safetensors", SOUND, length=length)
     tracemalloc.start()
     try:
-        message = complaint(path)
+        message = error_message(path)
         assert "another format or damaged" in message
         assert str(length) not in message, "a number that means nothing to anybody"
         assert tracemalloc.get_traced_memory()[1] < 2**20
@@ -129,9 +129,7 @@ def test_a_huge_header_is_refused_without_being_read(tmp_path: Path, length: int
         (MAX_FILE_BYTES + 1, 10, f"limit of {MAX_FILE_BYTES}"),
     ],
 )
-def test_a_file_that_really_is_huge_is_refused_without_being_read(
-    tmp_path: Path, size: int, length: int, sentence: str
-) -> None:
+def test_a_huge_file_is_an_error_and_is_not_read(tmp_path: Path, size: int, length: int, sentence: str) -> None:
     path = written(tmp_path / "x.safetensors", SOUND, length=length)
     try:
         os.truncate(path, size)  # a hole, not bytes on the disk
@@ -139,7 +137,7 @@ def test_a_file_that_really_is_huge_is_refused_without_being_read(
         pytest.skip("this file system has no files of that size")
     tracemalloc.start()
     try:
-        assert sentence in complaint(path)
+        assert sentence in error_message(path)
         assert tracemalloc.get_traced_memory()[1] < 2**20
     finally:
         tracemalloc.stop()
@@ -147,15 +145,15 @@ def test_a_file_that_really_is_huge_is_refused_without_being_read(
 
 def test_an_archive_or_a_pickle_with_the_wrong_ending_is_named(tmp_path: Path) -> None:
     torch.save({"a": torch.zeros(2)}, tmp_path / "saved.safetensors")
-    assert "torch.save" in complaint(tmp_path / "saved.safetensors")
+    assert "torch.save" in error_message(tmp_path / "saved.safetensors")
     with zipfile.ZipFile(tmp_path / "zip.safetensors", "w") as archive:
         archive.writestr("a", "a")
-    assert "a zip archive" in complaint(tmp_path / "zip.safetensors")
+    assert "a zip archive" in error_message(tmp_path / "zip.safetensors")
     for protocol in (2, 3, 4, 5):
         (tmp_path / "pickle.safetensors").write_bytes(pickle.dumps({"a": [1.0] * 9}, protocol))
-        assert "Python pickle" in complaint(tmp_path / "pickle.safetensors")
+        assert "Python pickle" in error_message(tmp_path / "pickle.safetensors")
     torch.save({"a": torch.zeros(2)}, tmp_path / "old.safetensors", _use_new_zipfile_serialization=False)
-    assert "Python pickle" in complaint(tmp_path / "old.safetensors")
+    assert "Python pickle" in error_message(tmp_path / "old.safetensors")
 
 
 LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a2146\nsize 12345\n"
@@ -171,9 +169,9 @@ LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a2146\nsize 12
         (b"The quick brown fox jumps over the lazy dog", "another format or damaged"),
     ],
 )
-def test_what_was_saved_instead_of_the_file_is_named(tmp_path: Path, content: bytes, kind: str) -> None:
+def test_the_error_names_the_kind_of_a_wrong_download(tmp_path: Path, content: bytes, kind: str) -> None:
     (tmp_path / "x.safetensors").write_bytes(content)
-    assert kind in complaint(tmp_path / "x.safetensors")
+    assert kind in error_message(tmp_path / "x.safetensors")
 
 
 def test_a_header_may_have_any_length(tmp_path: Path) -> None:
@@ -183,28 +181,26 @@ def test_a_header_may_have_any_length(tmp_path: Path) -> None:
         assert read_header(written(tmp_path / "x.safetensors", padded)).tensor("a").shape == (2, 2)
 
 
-def test_what_is_no_file_is_refused(tmp_path: Path) -> None:
-    assert "is a folder" in complaint(tmp_path)
-    assert "does not exist" in complaint(tmp_path / "nowhere.safetensors")
+def test_a_path_that_is_not_a_file_is_an_error(tmp_path: Path) -> None:
+    assert "is a folder" in error_message(tmp_path)
+    assert "does not exist" in error_message(tmp_path / "nowhere.safetensors")
     (tmp_path / "empty.safetensors").touch()
-    assert "it is empty" in complaint(tmp_path / "empty.safetensors")
+    assert "it is empty" in error_message(tmp_path / "empty.safetensors")
     if hasattr(os, "mkfifo"):  # opening one would wait for ever
         os.mkfifo(tmp_path / "pipe.safetensors")
-        assert "not a regular file" in complaint(tmp_path / "pipe.safetensors")
+        assert "not a regular file" in error_message(tmp_path / "pipe.safetensors")
 
 
 @pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root may read everything")
-def test_a_file_that_may_not_be_read_is_refused(tmp_path: Path) -> None:
+def test_a_file_without_read_permission_is_an_error(tmp_path: Path) -> None:
     path = written(tmp_path / "x.safetensors", SOUND)
     path.chmod(0)
-    assert "cannot be read: Permission denied" in complaint(path)
+    assert "cannot be read: Permission denied" in error_message(path)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float8_e5m2], ids=str)
-def test_a_tensor_with_nan_or_infinity_is_refused_when_it_is_read(
-    tmp_path: Path, value: float, dtype: torch.dtype
-) -> None:
+def test_reading_a_tensor_with_nan_or_infinity_is_an_error(tmp_path: Path, value: float, dtype: torch.dtype) -> None:
     save_file({"good": torch.ones(3), "bad": torch.tensor([1.0, value]).to(dtype)}, tmp_path / "x.safetensors")
     file = read_header(tmp_path / "x.safetensors")
     assert torch.equal(file.tensor("good"), torch.ones(3))
@@ -212,7 +208,7 @@ def test_a_tensor_with_nan_or_infinity_is_refused_when_it_is_read(
         file.tensor("bad")
 
 
-def test_a_file_that_shrinks_after_the_check_is_refused(tmp_path: Path) -> None:
+def test_a_file_that_shrinks_after_the_check_is_an_error(tmp_path: Path) -> None:
     path = written(tmp_path / "x.safetensors", SOUND)
     file = read_header(path)
     os.truncate(path, path.stat().st_size - 1)
@@ -220,8 +216,8 @@ def test_a_file_that_shrinks_after_the_check_is_refused(tmp_path: Path) -> None:
         file.tensor("a")
 
 
-def test_names_from_a_file_cannot_take_over_the_terminal(tmp_path: Path) -> None:
+def test_names_from_a_file_cannot_send_terminal_escapes(tmp_path: Path) -> None:
     name = "\x1b[2J" + "x" * 10_000
-    message = complaint(written(tmp_path / "x.safetensors", {name: 1}))
+    message = error_message(written(tmp_path / "x.safetensors", {name: 1}))
     assert "\x1b" not in message
     assert printable("plain.name-1") == "plain.name-1"

@@ -1,4 +1,4 @@
-"""`average`: the file adds the weighted mean of what its members add, whatever their layout; the rest is refused."""
+"""`average`: the file adds the weighted mean of the updates of its members, in any layout; error messages."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def effect(whole: Factors, alphas: Mapping[str, float] = ALPHAS) -> dict[str, Te
 
 
 @pytest.fixture
-def two(pipeline: Any, tmp_path: Path) -> tuple[Factors, Factors]:
+def two_loras(pipeline: Any, tmp_path: Path) -> tuple[Factors, Factors]:
     """Two LoRAs of the same layers, of ranks 4 and 2, as a.safetensors and b.safetensors in kohya's layout."""
     first = factors(pipeline)
     second = varied(first, 1, rank=2)
@@ -83,7 +83,7 @@ def average(tmp_path: Path, base: Path, *arguments: str, names: tuple[str, ...] 
 @pytest.mark.parametrize("layout", ["kohya", "diffusers"])
 @pytest.mark.parametrize(("weights", "strength"), [((), 1.0), ((1.0, 1.0), 1.0), ((3.0, 1.0), 1.0), ((1.0, 0.0), 1.3)])
 def test_a_stock_pipeline_loads_the_weighted_mean(
-    two: tuple[Factors, Factors],
+    two_loras: tuple[Factors, Factors],
     base: Path,
     tmp_path: Path,
     layout: str,
@@ -93,7 +93,7 @@ def test_a_stock_pipeline_loads_the_weighted_mean(
     given = ["--weights", *map(str, weights)] if weights else []
     assert average(tmp_path, base, *given, "--strength", str(strength), "--layout", layout) == 0
     shares = [weight / sum(weights) for weight in weights] if weights else [0.5, 0.5]
-    first, second = map(effect, two)
+    first, second = map(effect, two_loras)
     found = as_diffusers_loads(base, tmp_path / "out.safetensors")
     assert found.keys() == first.keys()
     for name, value in first.items():
@@ -111,7 +111,9 @@ LAYOUTS: dict[str, Callable[[Factors], dict[str, Tensor]]] = {
 }
 
 
-def test_members_of_mixed_layouts_average_as_their_own_files_do(pipeline: Any, base: Path, tmp_path: Path) -> None:
+def test_loras_of_different_formats_average_like_their_separate_files(
+    pipeline: Any, base: Path, tmp_path: Path
+) -> None:
     """Each layout's reading is another test's; here that any mixture gives the mean of what each file is read as."""
     from flatlora_diffusion.lora_tools.converting import read_lora_file
 
@@ -137,7 +139,7 @@ def product(update: Update) -> Tensor:
     return update.scale * (update.up.double().flatten(1) @ update.down.double().flatten(1))
 
 
-def test_before_a_cut_the_average_is_exact_and_after_it_the_best_of_its_rank() -> None:
+def test_the_average_is_exact_and_with_rank_the_best_of_that_rank() -> None:
     rng = torch.Generator().manual_seed(0)
 
     def lora(rank: int, scale: float) -> Update:
@@ -159,20 +161,22 @@ def test_before_a_cut_the_average_is_exact_and_after_it_the_best_of_its_rank() -
 
 
 def test_the_printed_rank_and_loss_are_those_of_the_file(
-    two: tuple[Factors, Factors], base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    two_loras: tuple[Factors, Factors], base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert average(tmp_path, base, "--rank", "3") == 0
-    first, second = map(effect, two)
+    first, second = map(effect, two_loras)
     mean = {name: (value + second[name]) / 2 for name, value in first.items()}
     found = as_diffusers_loads(base, tmp_path / "out.safetensors")
     missed = math.sqrt(sum(float((found[name].double() - value).square().sum()) for name, value in mean.items()))
     whole = math.sqrt(sum(float(value.square().sum()) for value in mean.values()))
-    said = capsys.readouterr().out
-    assert "rank 3" in said
-    assert float(said.split("lost by truncation: ")[1].split(" %")[0]) == pytest.approx(100 * missed / whole, rel=0.01)
+    output = capsys.readouterr().out
+    assert "rank 3" in output
+    assert float(output.split("lost by truncation: ")[1].split(" %")[0]) == pytest.approx(
+        100 * missed / whole, rel=0.01
+    )
 
 
-def test_the_metadata_says_what_the_file_is_made_of(pipeline: Any, base: Path, tmp_path: Path) -> None:
+def test_the_metadata_lists_the_averaged_loras(pipeline: Any, base: Path, tmp_path: Path) -> None:
     whole = factors(pipeline)
     for name, steps in (("a", "300"), ("b", "500")):
         facts = {"ss_steps": steps, "ss_resolution": "(64, 64)", "modelspec.trigger_phrase": "TOK"}
@@ -192,7 +196,7 @@ def test_the_metadata_says_what_the_file_is_made_of(pipeline: Any, base: Path, t
     assert str(tmp_path) not in json.dumps(metadata)
 
 
-def test_new_tokens_are_averaged_with_the_lora(two: tuple[Factors, Factors], base: Path, tmp_path: Path) -> None:
+def test_new_tokens_are_averaged_with_the_lora(two_loras: tuple[Factors, Factors], base: Path, tmp_path: Path) -> None:
     tables = [{"clip_l": torch.full((2, 3), value), "clip_g": torch.full((2, 4), -value)} for value in (1.0, 5.0)]
     for name, table in zip("ab", tables, strict=True):
         save_file(table, tmp_path / f"{name}_emb.safetensors")
@@ -201,13 +205,13 @@ def test_new_tokens_are_averaged_with_the_lora(two: tuple[Factors, Factors], bas
     torch.testing.assert_close(found, {"clip_l": torch.full((2, 3), 4.0), "clip_g": torch.full((2, 4), -4.0)})
 
 
-def refused(capsys: pytest.CaptureFixture[str], tmp_path: Path, code: int) -> str:
-    """The one sentence that a refusal says, with nothing written."""
-    said = capsys.readouterr().err.strip()
-    assert code == 2, said
-    assert len(said.splitlines()) == 1, said
+def error_message(capsys: pytest.CaptureFixture[str], tmp_path: Path, code: int) -> str:
+    """The error, which is one sentence and leaves no output file."""
+    error = capsys.readouterr().err.strip()
+    assert code == 2, error
+    assert len(error.splitlines()) == 1, error
     assert not (tmp_path / "out.safetensors").exists()
-    return said
+    return error
 
 
 @pytest.mark.parametrize(
@@ -221,61 +225,61 @@ def refused(capsys: pytest.CaptureFixture[str], tmp_path: Path, code: int) -> st
         (("--strength", "0"), "strength"),
     ],
 )
-def test_a_setting_that_makes_no_average_is_named(
-    two: tuple[Factors, Factors],
+def test_an_invalid_setting_of_the_average_is_named(
+    two_loras: tuple[Factors, Factors],
     base: Path,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
     arguments: tuple[str, ...],
     setting: str,
 ) -> None:
-    assert setting in refused(capsys, tmp_path, average(tmp_path, base, *arguments))
+    assert setting in error_message(capsys, tmp_path, average(tmp_path, base, *arguments))
 
 
-def test_one_lora_or_the_same_twice_is_no_average(
-    two: tuple[Factors, Factors], base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_a_single_lora_or_the_same_twice_is_an_error(
+    two_loras: tuple[Factors, Factors], base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert "two or more" in refused(capsys, tmp_path, average(tmp_path, base, names=("a",)))
+    assert "two or more" in error_message(capsys, tmp_path, average(tmp_path, base, names=("a",)))
     with pytest.raises(ConfigError, match="loras"):
         AverageConfig(loras=("a", "a"))
     (tmp_path / "copy.safetensors").write_bytes((tmp_path / "a.safetensors").read_bytes())
-    assert "more than once" in refused(capsys, tmp_path, average(tmp_path, base, names=("a", "b", "copy")))
+    assert "more than once" in error_message(capsys, tmp_path, average(tmp_path, base, names=("a", "b", "copy")))
     assert average(tmp_path, base, "--output", str(tmp_path / "b.safetensors"), "--overwrite") == 2
     assert "b.safetensors" in capsys.readouterr().err
 
 
-def test_other_layers_text_encoders_or_tokens_in_some_are_refused(
-    two: tuple[Factors, Factors], base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_loras_with_different_layers_text_encoders_or_tokens_are_an_error(
+    two_loras: tuple[Factors, Factors], base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    _, second = two
+    _, second = two_loras
     fewer = {part: dict(layers) for part, layers in second.items()}
     gone = fewer["unet"].popitem()[0]
     saved(kohya(fewer), tmp_path / "fewer.safetensors")
     for names in (("a", "fewer"), ("fewer", "a")):
-        said = refused(capsys, tmp_path, average(tmp_path, base, names=names))
-        assert "fewer lacks 1" in said
-        assert gone in said
+        error = error_message(capsys, tmp_path, average(tmp_path, base, names=names))
+        assert "fewer lacks 1" in error
+        assert gone in error
     saved(kohya({"unet": second["unet"]}), tmp_path / "unet.safetensors")
-    assert "unet lacks" in refused(capsys, tmp_path, average(tmp_path, base, names=("a", "unet")))
+    assert "unet lacks" in error_message(capsys, tmp_path, average(tmp_path, base, names=("a", "unet")))
     save_file({"clip_l": torch.zeros(1, 3), "clip_g": torch.zeros(1, 4)}, tmp_path / "a_emb.safetensors")
-    assert "new tokens" in refused(capsys, tmp_path, average(tmp_path, base))
+    assert "new tokens" in error_message(capsys, tmp_path, average(tmp_path, base))
     save_file({"clip_l": torch.zeros(2, 3), "clip_g": torch.zeros(2, 4)}, tmp_path / "b_emb.safetensors")
-    assert "new tokens" in refused(capsys, tmp_path, average(tmp_path, base))
+    assert "new tokens" in error_message(capsys, tmp_path, average(tmp_path, base))
 
 
-def test_a_dora_a_nan_and_another_base_are_refused(
-    two: tuple[Factors, Factors], base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_a_dora_a_nan_and_another_base_are_errors(
+    two_loras: tuple[Factors, Factors], base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     tensors = load_file(tmp_path / "b.safetensors")
     name = next(name for name in tensors if name.endswith("lora_up.weight"))
     save_file(tensors | {name: tensors[name] * math.nan}, tmp_path / "nan.safetensors")
-    assert "nan.safetensors" in refused(capsys, tmp_path, average(tmp_path, base, names=("a", "nan")))
+    assert "nan.safetensors" in error_message(capsys, tmp_path, average(tmp_path, base, names=("a", "nan")))
     layer = name.removesuffix(".lora_up.weight")
     save_file(tensors | {f"{layer}.dora_scale": torch.ones(len(tensors[name]))}, tmp_path / "dora.safetensors")
-    assert "dora.safetensors" in refused(capsys, tmp_path, average(tmp_path, base, names=("a", "dora")))
+    assert "dora.safetensors" in error_message(capsys, tmp_path, average(tmp_path, base, names=("a", "dora")))
 
 
-def test_members_that_name_other_bases_need_base_to_be_given(
+def test_loras_whose_metadata_name_different_bases_need_the_base_flag(
     pipeline: Any, base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """One base is often called by its hub id in one file and by a file's name in another."""
@@ -289,13 +293,15 @@ def test_members_that_name_other_bases_need_base_to_be_given(
     read = averaging.read_lora_file
     monkeypatch.setattr(averaging, "read_lora_file", lambda file, _: read(file, str(base)))
     arguments = [str(tmp_path / "a.safetensors"), str(tmp_path / "b.safetensors")]
-    said = refused(capsys, tmp_path, main(["average", *arguments, "--output", str(tmp_path / "out.safetensors")]))
-    assert "base-a" in said
-    assert "--base" in said
+    error = error_message(
+        capsys, tmp_path, main(["average", *arguments, "--output", str(tmp_path / "out.safetensors")])
+    )
+    assert "base-a" in error
+    assert "--base" in error
 
 
-def test_runs_on_other_weights_are_refused(
-    two: tuple[Factors, Factors], base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_runs_on_different_base_weights_are_an_error(
+    two_loras: tuple[Factors, Factors], base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folders = []
     for name, fingerprint in (("a", "1111"), ("b", "2222")):
@@ -306,11 +312,11 @@ def test_runs_on_other_weights_are_refused(
         (folder / "events.jsonl").write_text(json.dumps({"event": "start", "base": fingerprint}) + "\n")
         folders.append(str(folder))
     output = ["--base", str(base), "--output", str(tmp_path / "out.safetensors")]
-    said = refused(capsys, tmp_path, main(["average", *folders, *output]))
-    assert "run-a on 1111" in said
+    error = error_message(capsys, tmp_path, main(["average", *folders, *output]))
+    assert "run-a on 1111" in error
 
 
-def test_the_average_loads_where_a_file_by_diffusers_does(pipeline: Any, base: Path, tmp_path: Path) -> None:
+def test_the_average_with_a_file_of_diffusers_loads_in_diffusers(pipeline: Any, base: Path, tmp_path: Path) -> None:
     """A member saved by diffusers itself, and the average read by diffusers again."""
     first = by_diffusers(pipeline, tmp_path / "first.safetensors", old_names=False)
     whole = as_diffusers_loads(base, first)
@@ -323,6 +329,6 @@ def test_the_average_loads_where_a_file_by_diffusers_does(pipeline: Any, base: P
         assert (found[name] - mean).norm() <= 1e-4 * mean.norm(), name
 
 
-def test_weights_are_shares() -> None:
+def test_weights_are_normalized_to_a_sum_of_1() -> None:
     assert normalize_weights((), 4) == [0.25] * 4
     assert normalize_weights((2.0, 6.0), 2) == [0.25, 0.75]

@@ -1,4 +1,4 @@
-"""`export` and `import`: the same update in each layout and direction, and nothing is overwritten unasked."""
+"""`export` and `import`: the same update in every layout and direction; nothing is overwritten without the flag."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def assert_close(found: dict[str, Tensor], expected: dict[str, Tensor], toleranc
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(None, 1e-6), ("fp16", 1e-3), ("bf16", 1e-2)])
-def test_import_writes_what_diffusers_loads_in_full(
+def test_diffusers_loads_every_layer_of_an_imported_file(
     pipeline: Any, base: Path, kohya_file: Path, dtype: str | None, tolerance: float
 ) -> None:
     arguments = ["import", str(kohya_file), "--base", str(base)]
@@ -58,7 +58,7 @@ def test_import_writes_what_diffusers_loads_in_full(
     assert_close(as_diffusers_loads(base, path), deltas(pipeline), tolerance)
 
 
-def test_export_for_web_uis_is_what_diffusers_loads_in_full(pipeline: Any, base: Path, tmp_path: Path) -> None:
+def test_diffusers_loads_every_layer_of_an_exported_kohya_file(pipeline: Any, base: Path, tmp_path: Path) -> None:
     path = saved(peft(factors(pipeline), ALPHAS), tmp_path / "x.safetensors")
     assert main(["export", str(path), "--base", str(base), "--name", "fox"]) == 0
     written = tmp_path / "fox_kohya.safetensors"
@@ -72,7 +72,7 @@ def test_export_for_web_uis_is_what_diffusers_loads_in_full(pipeline: Any, base:
 
 @pytest.mark.parametrize("verb", ["export", "import"])
 @pytest.mark.parametrize("layout", ["comfyui", "lycoris"])
-def test_the_names_that_few_tools_know_are_converted(
+def test_key_names_that_few_tools_support_are_converted(
     pipeline: Any, base: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, verb: str, layout: str
 ) -> None:
     tensors = {"comfyui": comfyui, "lycoris": lycoris}[layout](factors(pipeline), ALPHAS)
@@ -88,7 +88,7 @@ def test_the_names_that_few_tools_know_are_converted(
     assert "belong to no layer" not in caplog.text
 
 
-def test_there_and_back_gives_the_same_file(pipeline: Any, base: Path, tmp_path: Path) -> None:
+def test_exporting_and_importing_gives_the_same_file(pipeline: Any, base: Path, tmp_path: Path) -> None:
     first = saved(peft(factors(pipeline), ALPHAS), tmp_path / "x.safetensors")
     for layout, source, target in (("kohya", "x", "y"), ("diffusers", "y", "z")):
         output = str(tmp_path / f"{target}.safetensors")
@@ -99,7 +99,7 @@ def test_there_and_back_gives_the_same_file(pipeline: Any, base: Path, tmp_path:
     assert all(torch.equal(before[name], after[name]) for name in before)
 
 
-def test_metadata_that_still_hold_are_kept(base: Path, kohya_file: Path, tmp_path: Path) -> None:
+def test_metadata_that_still_apply_are_copied(base: Path, kohya_file: Path, tmp_path: Path) -> None:
     output = tmp_path / "out"
     arguments = ["export", str(kohya_file), "--layout", "both", "--base", str(base), "--output", str(output)]
     assert main(arguments) == 0
@@ -112,7 +112,7 @@ def test_metadata_that_still_hold_are_kept(base: Path, kohya_file: Path, tmp_pat
     assert settings["unet.r"] == settings["unet.lora_alpha"]
 
 
-def test_nothing_of_the_makers_machine_or_images_is_kept(pipeline: Any, base: Path, tmp_path: Path) -> None:
+def test_metadata_about_the_author_s_machine_or_images_are_dropped(pipeline: Any, base: Path, tmp_path: Path) -> None:
     foreign: dict[str, Any] = {
         "ot_branch": "omi_format",
         "ot_config": {"token": "hf_secret"},
@@ -143,7 +143,7 @@ def test_nothing_of_the_makers_machine_or_images_is_kept(pipeline: Any, base: Pa
         assert not any(word in str(kept) for word in ("jane", "hf_secret", "woman", "animal", "zwx"))
 
 
-def test_a_kohya_file_is_said_to_be_one_whatever_the_old_file_was(pipeline: Any, base: Path, tmp_path: Path) -> None:
+def test_the_metadata_of_a_kohya_file_name_its_format(pipeline: Any, base: Path, tmp_path: Path) -> None:
     foreign = {
         "ss_base_model_version": "sd_v1",
         "ss_v2": "True",
@@ -163,7 +163,7 @@ def test_a_kohya_file_is_said_to_be_one_whatever_the_old_file_was(pipeline: Any,
     }
 
 
-def test_names_are_made_fit_for_files_and_prompts(pipeline: Any, base: Path, tmp_path: Path) -> None:
+def test_names_are_sanitized_for_files_and_prompts(pipeline: Any, base: Path, tmp_path: Path) -> None:
     foreign = {"ss_output_name": "../../evil:<x>", "modelspec.title": "../../evil:<x>"}
     (tmp_path / "in").mkdir()
     path = saved(kohya(factors(pipeline)), tmp_path / "in" / "x.safetensors", **foreign)
@@ -179,7 +179,7 @@ def test_names_are_made_fit_for_files_and_prompts(pipeline: Any, base: Path, tmp
     assert os.listdir(tmp_path) == ["in"]
 
 
-def test_layers_of_different_ranks_and_alphas_keep_their_updates(pipeline: Any, base: Path, tmp_path: Path) -> None:
+def test_layers_of_different_ranks_and_alphas_are_exported_exactly(pipeline: Any, base: Path, tmp_path: Path) -> None:
     tensors = kohya(factors(pipeline))
     names = sorted(name.removesuffix(".alpha") for name in tensors if name.endswith(".alpha"))
     for name in names[::3]:
@@ -216,7 +216,7 @@ def test_layers_without_a_common_name_are_left_out_with_a_warning(
     assert not any("conv_in" in name for name in load_file(tmp_path / "x_kohya.safetensors"))
 
 
-def test_a_lora_of_one_text_encoder_gets_the_layers_that_tell_its_base(
+def test_a_lora_of_one_text_encoder_gets_the_layers_that_identify_its_base(
     pipeline: Any, base: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
 ) -> None:
     text = {"text_encoder": factors(pipeline)["text_encoder"]}
@@ -238,30 +238,32 @@ def test_a_lora_of_one_text_encoder_gets_the_layers_that_tell_its_base(
         assert (tools[name]["layers"], tools[name]["note"]) == (len(expected) + 2, "")
 
 
-def complaint(capsys: pytest.CaptureFixture[str], arguments: list[str]) -> str:
+def error_message(capsys: pytest.CaptureFixture[str], arguments: list[str]) -> str:
     assert main(arguments) == 2
     lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
     assert len(lines) == 1
     return lines[0]
 
 
-def test_nothing_is_overwritten_unasked(capsys: pytest.CaptureFixture[str], base: Path, kohya_file: Path) -> None:
+def test_nothing_is_overwritten_without_the_flag(
+    capsys: pytest.CaptureFixture[str], base: Path, kohya_file: Path
+) -> None:
     arguments = ["import", str(kohya_file), "--base", str(base)]
     path = kohya_file.with_name("other_diffusers.safetensors")
     path.write_text("mine")
-    assert "already exists" in complaint(capsys, arguments)
-    assert "is not a LoRA file" in complaint(capsys, [*arguments, "--overwrite"])
+    assert "already exists" in error_message(capsys, arguments)
+    assert "is not a LoRA file" in error_message(capsys, [*arguments, "--overwrite"])
     assert path.read_text() == "mine"
     saved({"x.lora_A.weight": torch.ones(2)}, path)
     assert main([*arguments, "--overwrite"]) == 0
     assert len(load_file(path)) > 100
     before = kohya_file.read_bytes()
     own = [*arguments, "--overwrite", "--output", str(kohya_file)]
-    assert "is an input" in complaint(capsys, own)
+    assert "is an input" in error_message(capsys, own)
     assert kohya_file.read_bytes() == before
 
 
-def test_an_output_that_cannot_be_written_is_one_sentence(
+def test_an_unwritable_output_is_an_error_of_one_sentence(
     capsys: pytest.CaptureFixture[str], base: Path, kohya_file: Path, tmp_path: Path
 ) -> None:
     (tmp_path / "folder").mkdir()
@@ -271,19 +273,21 @@ def test_an_output_that_cannot_be_written_is_one_sentence(
     for verb in ("import", "resize"):
         start = [verb, str(kohya_file), "--base", str(base), "--output"]
         for more in ([], ["--overwrite"]):
-            said = complaint(capsys, [*start, str(tmp_path / "named.safetensors"), *more])
-            assert said == f"error: {tmp_path / 'named.safetensors'} is a folder; give a .safetensors file as --output"
-        assert "cannot be written: " in complaint(capsys, [*start, str(tmp_path / "file")])
+            error = error_message(capsys, [*start, str(tmp_path / "named.safetensors"), *more])
+            assert (
+                error == f"error: {tmp_path / 'named.safetensors'} is a folder; give a .safetensors file as --output"
+            )
+        assert "cannot be written: " in error_message(capsys, [*start, str(tmp_path / "file")])
     start = ["export", str(kohya_file), "--base", str(base), "--output"]
     for bad in ("/proc/x.safetensors", str(tmp_path / "file" / "y.safetensors"), str(tmp_path / "file")):
-        assert "cannot be written: " in complaint(capsys, [*start, bad])
+        assert "cannot be written: " in error_message(capsys, [*start, bad])
     both = [*start, str(tmp_path / "x.safetensors"), "--layout", "both"]
-    assert "--layout both" in complaint(capsys, both)
+    assert "--layout both" in error_message(capsys, both)
     assert sorted(tmp_path.rglob("*")) == before
 
 
 @pytest.mark.parametrize(("verb", "name"), [("import", "_diffusers"), ("export", "_kohya"), ("resize", "_rank4")])
-def test_folders_are_taken_for_the_files_in_them(
+def test_a_folder_stands_for_the_lora_in_it(
     base: Path, pipeline: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str], verb: str, name: str
 ) -> None:
     run = tmp_path / "run"
@@ -295,11 +299,11 @@ def test_folders_are_taken_for_the_files_in_them(
         assert os.listdir(output) == [f"pytorch_lora_weights{name}.safetensors"]
     assert os.listdir(run) == ["pytorch_lora_weights.safetensors"]
     (run / "pytorch_lora_weights.safetensors").rename(run / "other.safetensors")
-    assert "is a folder without pytorch_lora_weights.safetensors" in complaint(capsys, [verb, str(run)])
+    assert "is a folder without pytorch_lora_weights.safetensors" in error_message(capsys, [verb, str(run)])
 
 
 @pytest.mark.parametrize("place", ["run", "run/checkpoint-2"])
-def test_the_plain_lora_beside_a_dora_is_named(
+def test_the_error_for_a_dora_names_the_plain_lora_beside_it(
     pipeline: Any, base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], place: str
 ) -> None:
     folder = tmp_path / place
@@ -315,28 +319,28 @@ def test_the_plain_lora_beside_a_dora_is_named(
         "merge": ["merge", "--lora", str(path.parent), "--base", str(base), "--output", str(tmp_path / "merged")],
     }
     for arguments in verbs.values():
-        assert complaint(capsys, arguments).endswith("is not portable")
+        assert error_message(capsys, arguments).endswith("is not portable")
     plain = saved(kohya(factors(pipeline)), folder / "my-foxes.safetensors")
     for arguments in verbs.values():
-        said = complaint(capsys, arguments)
-        assert "contains DoRA" in said
-        assert said.endswith(f"; use {plain}, its plain LoRA")
+        error = error_message(capsys, arguments)
+        assert "contains DoRA" in error
+        assert error.endswith(f"; use {plain}, its plain LoRA")
 
 
-def test_wrong_input_is_one_sentence_and_writes_nothing(
+def test_wrong_input_is_an_error_of_one_sentence_and_writes_nothing(
     capsys: pytest.CaptureFixture[str], base: Path, kohya_file: Path, tmp_path: Path
 ) -> None:
-    assert "file is missing" in complaint(capsys, ["export"])
-    assert "does not exist" in complaint(capsys, ["import", str(tmp_path / "nowhere.safetensors")])
-    assert "--base" in complaint(capsys, ["import", str(kohya_file)])
+    assert "file is missing" in error_message(capsys, ["export"])
+    assert "does not exist" in error_message(capsys, ["import", str(tmp_path / "nowhere.safetensors")])
+    assert "--base" in error_message(capsys, ["import", str(kohya_file)])
     zero = {name: torch.zeros_like(value) for name, value in load_file(kohya_file).items() if "alpha" not in name}
     empty = saved(zero, tmp_path / "zero.safetensors")
-    assert "all updates of the LoRA are zero" in complaint(capsys, ["export", str(empty), "--base", str(base)])
+    assert "all updates of the LoRA are zero" in error_message(capsys, ["export", str(empty), "--base", str(base)])
     assert sorted(os.listdir(tmp_path)) == ["other.safetensors", "zero.safetensors"]
 
 
 @pytest.mark.parametrize("verb", ["import", "export", "resize", "inspect", "merge"])
-def test_every_verb_refuses_a_hostile_file_in_one_sentence(
+def test_a_hostile_file_is_an_error_of_one_sentence_in_every_verb(
     capsys: pytest.CaptureFixture[str], base: Path, kohya_file: Path, tmp_path: Path, verb: str
 ) -> None:
     path = tmp_path / "x.safetensors"
@@ -344,19 +348,19 @@ def test_every_verb_refuses_a_hostile_file_in_one_sentence(
     given = ["--lora", str(path)] if verb == "merge" else [str(path)]
     name = "lora_unet_input_blocks_3_1_transformer_blocks_0_attn2_to_k"
     torch.save({"a": torch.zeros(2)}, path)
-    assert "zip archive" in complaint(capsys, [verb, *given, *rest])
+    assert "zip archive" in error_message(capsys, [verb, *given, *rest])
     path.write_bytes((100 * 10**9).to_bytes(8, "little") + b"{}")
-    assert "another format or damaged" in complaint(capsys, [verb, *given, *rest])
+    assert "another format or damaged" in error_message(capsys, [verb, *given, *rest])
     saved({f"{name}.lora_down.weight": torch.ones(2, 768), f"{name}.lora_up.weight": torch.ones(16, 2)}, path)
-    assert "is a LoRA for Stable Diffusion 1, not for SDXL" in complaint(capsys, [verb, *given, *rest])
+    assert "is a LoRA for Stable Diffusion 1, not for SDXL" in error_message(capsys, [verb, *given, *rest])
     broken = load_file(kohya_file)
     next(value for name, value in broken.items() if "lora_up" in name)[0] = float("nan")
     saved(broken, path)
-    assert "contains NaN" in complaint(capsys, [verb, *given, *rest])
+    assert "contains NaN" in error_message(capsys, [verb, *given, *rest])
     assert sorted(os.listdir(tmp_path)) == ["other.safetensors", "x.safetensors"]
 
 
-def test_keys_of_no_layer_are_named(
+def test_unknown_keys_are_listed(
     base: Path, kohya_file: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     more = saved(load_file(kohya_file) | {"lora_unet_nonsense.alpha": torch.ones(())}, tmp_path / "more.safetensors")

@@ -1,4 +1,4 @@
-"""`inspect`: what is in a file, by its bytes, and for each tool how many of its layers are read."""
+"""`inspect`: the contents of a file, and for each tool the number of layers that it reads."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def test_the_contents_are_those_of_the_file(
     }
 
 
-def test_kohya_is_read_by_all(pipeline: Any, base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_all_tools_read_kohya(pipeline: Any, base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     found = report(saved(kohya(factors(pipeline)), tmp_path / "x.safetensors", **WEB), base, capsys)
     total = sum(map(len, factors(pipeline).values()))
     assert loads(found) == dict.fromkeys(TOOLS, total)
@@ -90,7 +90,7 @@ def test_kohya_is_read_by_all(pipeline: Any, base: Path, tmp_path: Path, capsys:
     assert {row["note"] for row in found["tools"]} == {""}
 
 
-def test_peft_is_read_in_full_by_diffusers_only(
+def test_only_diffusers_reads_all_of_peft(
     pipeline: Any, base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     whole = factors(pipeline)
@@ -112,7 +112,7 @@ def test_peft_is_read_in_full_by_diffusers_only(
     assert "hidden while an SDXL model is loaded" in note(found, "AUTOMATIC1111")
 
 
-def test_the_oldest_names_are_read_by_comfyui_and_forge(
+def test_comfyui_and_forge_read_the_oldest_names(
     attention: Any, base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     whole = factors(attention)
@@ -123,7 +123,7 @@ def test_the_oldest_names_are_read_by_comfyui_and_forge(
     assert found["Draw_Things"] == found["InvokeAI"] == found["AUTOMATIC1111"] == found["sd-scripts"] == 0
 
 
-def test_kohya_text_encoders_without_text_model_are_read_by_few(
+def test_few_tools_read_kohya_text_encoders_without_text_model(
     attention: Any, base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     whole = factors(attention)
@@ -141,7 +141,7 @@ def test_a1111_leaves_out_a_layer_of_the_second_text_encoder_without_all_four(
     assert found["ComfyUI"] == sum(map(len, whole.values()))
 
 
-def test_the_projection_of_the_second_text_encoder_is_read_by_three(
+def test_three_tools_read_the_projection_of_the_second_text_encoder(
     attention: Any, base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     whole = factors(attention)
@@ -159,15 +159,15 @@ def test_the_projection_of_the_second_text_encoder_is_read_by_three(
 
 
 @pytest.mark.parametrize("tool", ["AUTOMATIC1111", "Forge", "SD.Next"])
-def test_why_a_web_ui_hides_a_file_is_what_its_metadata_say(
+def test_the_report_says_why_a_web_ui_hides_a_file(
     attention: Any, base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], tool: str
 ) -> None:
     tensors, path = kohya(factors(attention)), tmp_path / "x.safetensors"
-    for said, why in (
+    for metadata, why in (
         ({}, "have no ss_base_model_version"),
         ({"ss_base_model_version": "sd_v1"}, "call its base sd_v1"),
     ):
-        found = report(saved(tensors, path, format="pt", **said), base, capsys)
+        found = report(saved(tensors, path, format="pt", **metadata), base, capsys)
         assert note(found, tool) == f"hidden while an SDXL model is loaded: the metadata {why}"
 
 
@@ -196,7 +196,7 @@ def test_a_lora_without_cross_attention_or_middle_block_is_noted(
     assert "SSD-1B" in note(found, "Draw Things")
 
 
-def test_a_strange_kohya_key_makes_diffusers_refuse_the_file(
+def test_an_unknown_kohya_key_makes_diffusers_reject_the_file(
     attention: Any, base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     tensors = kohya(factors(attention)) | {"lora_unet_nonsense.alpha": torch.ones(())}
@@ -206,7 +206,7 @@ def test_a_strange_kohya_key_makes_diffusers_refuse_the_file(
     assert found["unknown_keys"] == ["lora_unet_nonsense.alpha"]
 
 
-def test_one_alpha_for_all_is_what_diffusers_makes_of_many(
+def test_diffusers_uses_a_single_alpha_for_layers_with_different_alphas(
     attention: Any, base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     tensors = kohya(factors(attention))
@@ -215,7 +215,7 @@ def test_one_alpha_for_all_is_what_diffusers_makes_of_many(
     assert "most common alpha" in note(found, "diffusers")
 
 
-def test_a_file_of_true_sdxl_names_is_told_from_the_tiny_base(
+def test_a_file_of_real_sdxl_is_distinguished_from_the_tiny_base(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def one(name: str, width: int, out: int) -> dict[str, Tensor]:
@@ -228,7 +228,7 @@ def test_a_file_of_true_sdxl_names_is_told_from_the_tiny_base(
         assert f"x.safetensors: a LoRA for {family}" in capsys.readouterr().out
 
 
-def test_a_hub_id_of_which_nothing_is_here_is_said_to_count_as_sdxl(
+def test_a_hub_id_that_is_not_downloaded_counts_as_sdxl_and_is_noted(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     name = "lora_unet_input_blocks_4_1_transformer_blocks_0_attn2_to_k"
@@ -251,7 +251,7 @@ def test_the_text_has_a_table_and_a_line_for_each_tool(
     assert max(map(len, text.splitlines())) < 120
 
 
-def test_many_keys_of_no_layer_are_counted_and_not_all_printed(
+def test_many_unknown_keys_are_counted_and_not_all_printed(
     attention: Any, base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     norms = {f"lora_unet_norm_{number:03}.w_norm": torch.ones(4) for number in range(300)}
@@ -280,7 +280,9 @@ def test_a_run_s_folder_stands_for_the_lora_in_it(
     assert report(tmp_path, base, capsys)["file"] == "pytorch_lora_weights.safetensors"
 
 
-def test_a_broken_file_is_one_sentence(tmp_path: Path, capsys: pytest.CaptureFixture[str], base: Path) -> None:
+def test_a_broken_file_is_an_error_of_one_sentence(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], base: Path
+) -> None:
     path = saved(kohya(factors(adapted(base, ("to_q",), ()))), tmp_path / "x.safetensors")
     path.write_bytes(path.read_bytes()[:-1])
     capsys.readouterr()

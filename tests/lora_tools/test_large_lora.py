@@ -1,4 +1,4 @@
-"""A large LoRA file is read and written layer by layer: it needs far less memory than it has bytes."""
+"""A large LoRA file is read and written layer by layer, in much less memory than its size."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ def test_only_one_layer_is_in_memory_at_a_time() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-def test_a_streamed_file_is_the_one_that_safetensors_writes(tmp_path: Path, dtype: torch.dtype) -> None:
+def test_a_streamed_file_equals_that_of_safetensors(tmp_path: Path, dtype: torch.dtype) -> None:
     rng = torch.Generator().manual_seed(0)
     modules = ["mid_block.attentions.0.proj_in", "mid_block.resnets.0.conv1", "down_blocks.1.attentions.0.proj_in"]
     updates = {

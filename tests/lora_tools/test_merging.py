@@ -1,4 +1,4 @@
-"""`merge`: the saved model has PEFT's merged weights, opens as a base, and draws what the LoRA beside it draws."""
+"""`merge`: the saved model has PEFT's merged weights, loads as a base, and generates the images of the LoRA."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def assert_close(found: dict[str, Tensor], expected: dict[str, Tensor], toleranc
         torch.testing.assert_close(found[name].float(), value.float(), rtol=tolerance, atol=tolerance, msg=name)
 
 
-def test_a_merged_folder_has_the_fused_weights_and_draws_the_same_image(
+def test_a_merged_folder_has_the_fused_weights_and_generates_the_same_image(
     base: Path, lora: Path, tmp_path: Path
 ) -> None:
     output = tmp_path / "merged"
@@ -125,34 +125,34 @@ def test_sums_are_formed_in_fp32_and_saved_in_the_bases_dtype(
         ), name
 
 
-def complaint(capsys: pytest.CaptureFixture[str], arguments: list[str], code: int = 2) -> str:
+def error_message(capsys: pytest.CaptureFixture[str], arguments: list[str], code: int = 2) -> str:
     assert main(arguments) == code
     lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
     assert len(lines) == 1
     return lines[0]
 
 
-def test_wrong_input_is_one_sentence(
+def test_wrong_input_is_an_error_of_one_sentence(
     capsys: pytest.CaptureFixture[str], base: Path, lora: Path, tmp_path: Path
 ) -> None:
     start = ["merge", "--base", str(base), "--lora", str(lora), "--output"]
-    assert "--lora is missing" in complaint(capsys, ["merge", "--base", str(base), "--output", "x"])
-    assert "must be a .safetensors file" in complaint(capsys, [*start, str(tmp_path / "x"), "--single_file"])
-    assert "must be a folder" in complaint(capsys, [*start, str(tmp_path / "x.safetensors")])
-    assert "already exists" in complaint(capsys, [*start, str(tmp_path)])
-    assert "without a model" in complaint(capsys, [*start, str(tmp_path), "--overwrite"])
-    assert "is an input" in complaint(capsys, [*start, str(base), "--overwrite"])
-    assert "neither a LoRA file" in complaint(capsys, [*start[:4], "nowhere", "--output", str(tmp_path / "x")])
+    assert "--lora is missing" in error_message(capsys, ["merge", "--base", str(base), "--output", "x"])
+    assert "must be a .safetensors file" in error_message(capsys, [*start, str(tmp_path / "x"), "--single_file"])
+    assert "must be a folder" in error_message(capsys, [*start, str(tmp_path / "x.safetensors")])
+    assert "already exists" in error_message(capsys, [*start, str(tmp_path)])
+    assert "without a model" in error_message(capsys, [*start, str(tmp_path), "--overwrite"])
+    assert "is an input" in error_message(capsys, [*start, str(base), "--overwrite"])
+    assert "neither a LoRA file" in error_message(capsys, [*start[:4], "nowhere", "--output", str(tmp_path / "x")])
     hub = ["merge", "--base", "someone/no-such-base", *start[3:], str(tmp_path / "x")]
-    assert "error: base='someone/no-such-base'" in complaint(capsys, hub)
+    assert "error: base='someone/no-such-base'" in error_message(capsys, hub)
     (tmp_path / "base.safetensors").write_bytes(b"broken")
     for bad, sentence in ((tmp_path / "base.safetensors", "is damaged"), (tmp_path / "nowhere", "does not exist")):
         arguments = ["merge", "--base", str(bad), "--lora", str(lora), "--output", str(tmp_path / "x")]
-        assert sentence in complaint(capsys, arguments)
+        assert sentence in error_message(capsys, arguments)
     assert [path.name for path in tmp_path.iterdir()] == ["base.safetensors"]
 
 
-def test_an_output_that_cannot_be_written_is_one_sentence(
+def test_an_unwritable_output_is_an_error_of_one_sentence(
     capsys: pytest.CaptureFixture[str], base: Path, lora: Path, tmp_path: Path
 ) -> None:
     start = ["merge", "--base", str(base), "--lora", str(lora), "--output"]
@@ -160,12 +160,14 @@ def test_an_output_that_cannot_be_written_is_one_sentence(
     file.touch()
     (tmp_path / "folder.safetensors").mkdir()
     for more in ([], ["--overwrite"]):
-        assert complaint(capsys, [*start, str(file), *more]) == f"error: {file} is a file; give a folder as --output"
+        assert (
+            error_message(capsys, [*start, str(file), *more]) == f"error: {file} is a file; give a folder as --output"
+        )
         single = [*start, str(tmp_path / "folder.safetensors"), "--single_file", *more]
-        assert "is a folder; give a .safetensors file as --output" in complaint(capsys, single)
+        assert "is a folder; give a .safetensors file as --output" in error_message(capsys, single)
     for bad in (file / "merged", Path("/proc/merged")):
-        assert f"{bad} cannot be written: " in complaint(capsys, [*start, str(bad)])
-    assert "cannot be written: " in complaint(capsys, [*start, "/proc/merged.safetensors", "--single_file"])
+        assert f"{bad} cannot be written: " in error_message(capsys, [*start, str(bad)])
+    assert "cannot be written: " in error_message(capsys, [*start, "/proc/merged.safetensors", "--single_file"])
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "folder.safetensors"]
 
 
@@ -176,11 +178,11 @@ def test_an_overflow_stops_the_merge(
     save_file(huge, tmp_path / "huge.safetensors")
     arguments = ["merge", "--base", str(base), "--lora", str(tmp_path / "huge.safetensors"), "--dtype", "fp16"]
     output = tmp_path / "x"
-    assert "overflows torch.float16" in complaint(capsys, [*arguments, "--output", str(output)], code=1)
+    assert "overflows torch.float16" in error_message(capsys, [*arguments, "--output", str(output)], code=1)
     assert not output.exists()
 
 
-def test_another_merge_takes_the_place_of_the_first_when_asked(base: Path, lora: Path, tmp_path: Path) -> None:
+def test_overwrite_replaces_an_earlier_merge(base: Path, lora: Path, tmp_path: Path) -> None:
     output = tmp_path / "merged"
     start = ["merge", "--base", str(base), "--output", str(output), "--lora"]
     assert main([*start, str(lora)]) == 0
@@ -191,7 +193,7 @@ def test_another_merge_takes_the_place_of_the_first_when_asked(base: Path, lora:
     assert [path.name for path in tmp_path.iterdir()] == ["merged"]
 
 
-def test_new_tokens_that_are_not_merged_are_told(
+def test_new_tokens_that_are_not_merged_are_a_warning(
     base: Path, lora: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     save_file(load_file(lora), tmp_path / "ti.safetensors", metadata={"modelspec.trigger_phrase": "<s0><s1>"})

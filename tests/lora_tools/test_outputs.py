@@ -1,4 +1,4 @@
-"""No verb replaces what it reads, by whatever name, and --overwrite replaces only what the verb itself writes."""
+"""No verb overwrites its inputs under any name, and --overwrite replaces only outputs of the verb."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def contents(folder: Path) -> Contents:
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-def refused(capsys: pytest.CaptureFixture[str], line: str) -> str:
+def error_message(capsys: pytest.CaptureFixture[str], line: str) -> str:
     assert main(line.split()) == 2
     errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
     assert len(errors) == 1
@@ -87,10 +87,10 @@ READ = [
 
 
 @pytest.mark.parametrize("line", READ)
-def test_what_is_read_stays_as_it_is(desk: Path, capsys: pytest.CaptureFixture[str], line: str) -> None:
+def test_inputs_are_never_overwritten(desk: Path, capsys: pytest.CaptureFixture[str], line: str) -> None:
     shutil.copy(desk / "fox.safetensors", desk / "base" / "unet" / "fox.safetensors")
     before = contents(desk)
-    assert "is an input" in refused(capsys, line)
+    assert "is an input" in error_message(capsys, line)
     assert contents(desk) == before
 
 
@@ -111,31 +111,31 @@ def linked(kind: str, target: Path, link: Path) -> None:
         ("average fox.safetensors run --base base --overwrite --output", "fox.safetensors"),
     ],
 )
-def test_what_is_read_is_known_by_another_name(
+def test_an_input_is_recognized_through_a_link(
     desk: Path, capsys: pytest.CaptureFixture[str], kind: str, line: str, target: str
 ) -> None:
     if kind == "hard" and "/" in target:
         pytest.skip("another name outside of the folder leaves what is in it")
     linked(kind, desk / target, desk / "other.safetensors")
     before = contents(desk)
-    assert "is an input" in refused(capsys, f"{line} other.safetensors")
+    assert "is an input" in error_message(capsys, f"{line} other.safetensors")
     assert contents(desk) == before
 
 
-def test_a_folder_with_what_is_read_in_it_or_leading_to_it_stays(
+def test_a_folder_that_contains_or_links_to_an_input_is_not_replaced(
     desk: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (desk / "base-again").symlink_to(desk / "base", target_is_directory=True)
-    assert "is an input" in refused(capsys, f"{MERGE} --output base-again")
+    assert "is an input" in error_message(capsys, f"{MERGE} --output base-again")
     shutil.copytree(desk / "base", desk / "models")
     shutil.move(desk / "base", desk / "models" / "base")
     before = contents(desk)
     line = f"{MERGE.replace('--base base', '--base models/base')} --output models"
-    assert "holds models/base, which is an input" in refused(capsys, line)
+    assert "holds models/base, which is an input" in error_message(capsys, line)
     assert contents(desk) == before
 
 
-def test_a_name_in_other_case_is_the_same_file_where_the_disk_says_so(
+def test_names_in_other_case_are_the_same_file_on_a_case_insensitive_disk(
     desk: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def same(one: os.PathLike[str], other: os.PathLike[str]) -> bool:
@@ -144,10 +144,10 @@ def test_a_name_in_other_case_is_the_same_file_where_the_disk_says_so(
     shutil.copy(desk / "fox.safetensors", desk / "FOX.safetensors")
     monkeypatch.setattr(os.path, "samefile", same)  # a disk of Windows or of a Mac
     line = "export fox.safetensors --base base --overwrite --output"
-    assert "is an input" in refused(capsys, f"{line} FOX.safetensors")
+    assert "is an input" in error_message(capsys, f"{line} FOX.safetensors")
 
 
-def test_a_models_folder_is_replaced_only_where_it_holds_nothing_else(
+def test_a_model_folder_is_replaced_only_if_it_contains_nothing_else(
     desk: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(f"{MERGE} --output merged".split()) == 0
@@ -155,12 +155,12 @@ def test_a_models_folder_is_replaced_only_where_it_holds_nothing_else(
         (desk / "merged" / name).parent.mkdir(exist_ok=True)
         (desk / "merged" / name).write_bytes(b"the user's")
         before = contents(desk)
-        assert f"contains {name}, which is no part of a model" in refused(capsys, f"{MERGE} --output merged")
+        assert f"contains {name}, which is no part of a model" in error_message(capsys, f"{MERGE} --output merged")
         assert contents(desk) == before
         (desk / "merged" / name).unlink()
     (desk / "merged" / "vae").rename(desk / "vae")
     (desk / "merged" / "vae").symlink_to(desk / "vae", target_is_directory=True)
-    assert "contains vae" in refused(capsys, f"{MERGE} --output merged")
+    assert "contains vae" in error_message(capsys, f"{MERGE} --output merged")
     (desk / "merged" / "vae").unlink()
     assert main(f"{MERGE}@2 --output merged".split()) == 0
     assert (desk / "merged" / "vae" / "config.json").is_file()
@@ -187,7 +187,7 @@ def test_a_file_of_another_kind_is_not_replaced(
     if other == "out.safetensors":  # of which the average would write the embeddings beside it
         shutil.copy(desk / "sdxl.safetensors", desk / "out_emb.safetensors")
     before = contents(desk)
-    assert "--overwrite replaces" in refused(capsys, f"{line} {other}")
+    assert "--overwrite replaces" in error_message(capsys, f"{line} {other}")
     assert contents(desk) == before
 
 
@@ -202,14 +202,14 @@ def test_a_file_of_another_kind_is_not_replaced(
         "average fox.safetensors run --rank 4 --base base --overwrite --output out.safetensors",
     ],
 )
-def test_what_the_verb_itself_has_written_is_replaced(desk: Path, line: str) -> None:
+def test_overwrite_replaces_an_earlier_output_of_the_verb(desk: Path, line: str) -> None:
     for _ in range(2):
         assert main(line.split()) == 0
     assert main([word for word in line.split() if word != "--overwrite"]) == 2
 
 
 @pytest.mark.parametrize("is_link", [False, True])
-def test_an_earlier_model_is_there_until_the_new_one_is(
+def test_an_earlier_model_remains_until_the_new_model_is_complete(
     desk: Path, monkeypatch: pytest.MonkeyPatch, is_link: bool
 ) -> None:
     shutil.copytree(desk / "base", desk / "new")
@@ -236,7 +236,7 @@ def test_an_earlier_model_is_there_until_the_new_one_is(
     assert not list(desk.glob("*.earlier"))
 
 
-def test_what_came_into_the_folder_meanwhile_is_not_removed(desk: Path) -> None:
+def test_files_added_to_the_folder_meanwhile_are_not_removed(desk: Path) -> None:
     shutil.copytree(desk / "base", desk / "new")
     (desk / "tuned" / "notes.txt").write_text("while the sums were formed")
     with pytest.raises(ConfigError, match=r"notes\.txt"):

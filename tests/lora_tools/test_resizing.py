@@ -1,4 +1,4 @@
-"""`resize` and `extract`: the best LoRA of a rank, and the error that is printed is the true one."""
+"""`resize` and `extract`: the best LoRA of a rank, and its printed error."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def file(pipeline: Any, tmp_path: Path) -> Path:
     return saved(kohya(factors(pipeline)), tmp_path / "fox.safetensors")
 
 
-def missed(capsys: pytest.CaptureFixture[str], arguments: list[str]) -> float:
+def printed_error(capsys: pytest.CaptureFixture[str], arguments: list[str]) -> float:
     """The percentage that the verb prints."""
     capsys.readouterr()
     assert main(arguments) == 0
@@ -51,7 +51,7 @@ def size(values: dict[str, Tensor]) -> float:
 def test_resizing_keeps_the_largest_singular_values(
     pipeline: Any, base: Path, file: Path, capsys: pytest.CaptureFixture[str], rank: int
 ) -> None:
-    printed = missed(capsys, ["resize", str(file), "--rank", str(rank), "--base", str(base)])
+    printed = printed_error(capsys, ["resize", str(file), "--rank", str(rank), "--base", str(base)])
     whole = deltas(pipeline)
     found = as_diffusers_loads(base, file.with_name(f"fox_rank{rank}.safetensors"))
     expected = {name: best(change, rank) for name, change in whole.items()}
@@ -64,7 +64,7 @@ def test_resizing_keeps_the_largest_singular_values(
     assert ranks == {max(2, min(rank, RANK))}  # one tool reads files of rank 1 wrongly
 
 
-def test_a_rank_above_that_of_a_narrow_layer_is_cut() -> None:
+def test_the_rank_is_limited_by_the_size_of_a_narrow_layer() -> None:
     rng = torch.Generator().manual_seed(0)
     update = Update(torch.randn(8, 3, generator=rng), torch.randn(5, 8, generator=rng), 0.5)
     smaller, values = cut_to_rank(update, 6)
@@ -73,14 +73,14 @@ def test_a_rank_above_that_of_a_narrow_layer_is_cut() -> None:
     torch.testing.assert_close(smaller.up @ smaller.down, 0.5 * update.up @ update.down)
 
 
-def test_resizing_keeps_the_layout_the_metadata_and_other_files(
+def test_resizing_keeps_format_metadata_and_other_files(
     pipeline: Any, base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     old = {"ss_steps": "7", "ss_output_name": "fox", "modelspec.title": "fox"}
     file = saved(kohya(factors(pipeline)), tmp_path / "fox.safetensors", **old)
     output = tmp_path / "small.safetensors"
     arguments = ["resize", str(file), "--rank", "2", "--base", str(base), "--output", str(output)]
-    missed(capsys, arguments)
+    printed_error(capsys, arguments)
     assert all(name.startswith("lora_") for name in load_file(output))
     with safe_open(output, framework="pt") as written:
         kept = written.metadata()
@@ -107,7 +107,7 @@ def tuned(pipeline: Any, base: Path, tmp_path_factory: pytest.TempPathFactory) -
 
 
 @pytest.mark.parametrize(("rank", "layout"), [(RANK, "kohya"), (2, "kohya"), (RANK, "diffusers")])
-def test_extracting_finds_the_change_of_the_weights(
+def test_extracting_recovers_the_change_of_the_weights(
     pipeline: Any,
     base: Path,
     tuned: Path,
@@ -118,7 +118,7 @@ def test_extracting_finds_the_change_of_the_weights(
 ) -> None:
     output = tmp_path / "x.safetensors"
     arguments = ["extract", "--base", str(base), "--tuned", str(tuned), "--rank", str(rank), "--layout", layout]
-    printed = missed(capsys, [*arguments, "--dtype", "fp32", "--output", str(output)])
+    printed = printed_error(capsys, [*arguments, "--dtype", "fp32", "--output", str(output)])
     whole = deltas(pipeline)
     found = as_diffusers_loads(base, output)
     assert found.keys() == whole.keys()
@@ -130,7 +130,7 @@ def test_extracting_finds_the_change_of_the_weights(
 
 
 @pytest.mark.parametrize("is_swapped", [False, True], ids=["tuned", "base"])
-def test_the_configs_for_a_single_file_are_for_the_model_that_is_one(
+def test_single_file_config_applies_to_the_single_file_model_only(
     base: Path, tuned: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], is_swapped: bool
 ) -> None:
     single = save_single_file(StableDiffusionXLPipeline.from_pretrained(tuned), tmp_path / "tuned.safetensors")
@@ -144,7 +144,7 @@ def test_the_configs_for_a_single_file_are_for_the_model_that_is_one(
     assert "--single_file_config is for a single .safetensors file" in capsys.readouterr().err
 
 
-def test_what_no_lora_can_hold_is_named(
+def test_changes_that_a_lora_cannot_represent_are_a_warning(
     base: Path, tuned: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     arguments = ["extract", "--base", str(base), "--output", str(tmp_path / "x.safetensors"), "--tuned"]
@@ -157,7 +157,7 @@ def test_what_no_lora_can_hold_is_named(
     assert "1 changed tensor(s) of the unet that a LoRA cannot represent: conv_in.bias" in caplog.text
 
 
-def test_extracting_nothing_or_from_another_model_is_refused(
+def test_extracting_from_equal_or_incompatible_models_is_an_error(
     base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     output = str(tmp_path / "x.safetensors")

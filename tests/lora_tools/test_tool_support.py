@@ -1,4 +1,4 @@
-"""What each tool makes of each layout: measured layer counts on SDXL's true names, and diffusers itself on a base."""
+"""The layers of each layout that each tool loads: measured counts on SDXL's names, and diffusers itself."""
 
 from __future__ import annotations
 
@@ -341,7 +341,9 @@ def comfyui_names(tensors: Mapping[str, Tensor], sdxl: BaseNames) -> Tensors:
 
 
 @pytest.mark.parametrize("layout", TABLE)
-def test_what_each_tool_loads_of_each_layout(attention: Tensors, sdxl: BaseNames, tmp_path: Path, layout: str) -> None:
+def test_each_tool_loads_the_listed_layers_of_each_layout(
+    attention: Tensors, sdxl: BaseNames, tmp_path: Path, layout: str
+) -> None:
     make, loaded, errors = TABLE[layout]
     web = {"ss_base_model_version": "sdxl_base_v1-0"}
     path = saved(make(attention, sdxl), tmp_path / "x.safetensors", **web)
@@ -452,15 +454,17 @@ def _no_alpha(name: str) -> bool:
 
 
 @pytest.mark.parametrize("layout", [*OF_ATTENTION, *OF_ALL])
-def test_what_diffusers_loads_is_what_is_said(
+def test_diffusers_loads_as_many_layers_as_reported(
     pipeline: Any, of_attention: Any, base: Path, tmp_path: Path, layout: str
 ) -> None:
     make, source = (OF_ATTENTION[layout], of_attention) if layout in OF_ATTENTION else (OF_ALL[layout], pipeline)
     tensors = make(source, tmp_path / "made.safetensors")
     path = saved(tensors, tmp_path / "x.safetensors")
-    said = next(row for row in tool_support(parse_layers(read_header(path), names(base))) if row.tool == "diffusers")
+    reported = next(
+        row for row in tool_support(parse_layers(read_header(path), names(base))) if row.tool == "diffusers"
+    )
     loaded = applied_by_diffusers(base, path)
-    assert (said.layers, "rejects" in said.note) == (loaded or 0, loaded is None)
+    assert (reported.layers, "rejects" in reported.note) == (loaded or 0, loaded is None)
 
 
 def applied_by_diffusers(base: Path, path: Path) -> int | None:
@@ -501,7 +505,7 @@ def with_alpha(tensors: Mapping[str, Tensor], chosen: Callable[[str], bool], alp
     ],
     ids=["one-alpha", "locon", "feed-forward", "second-mlp", "first-mlp", "attention", "text-attention", "no-alpha"],
 )
-def test_the_note_on_alphas_is_there_when_diffusers_gives_a_layer_another(
+def test_the_note_on_alphas_appears_if_diffusers_changes_a_layer_s_alpha(
     pipeline: Any, base: Path, tmp_path: Path, chosen: Callable[[str], bool], alpha: float | None, is_noted: bool
 ) -> None:
     path = saved(with_alpha(kohya(factors(pipeline)), chosen, alpha), tmp_path / "x.safetensors")
@@ -520,5 +524,5 @@ def test_the_note_on_alphas_is_there_when_diffusers_gives_a_layer_another(
     )
 
 
-def test_the_deltas_of_these_tests_are_not_zero(pipeline: Any) -> None:
+def test_the_weight_changes_of_these_tests_are_not_zero(pipeline: Any) -> None:
     assert all(bool(value.any()) for value in deltas(pipeline).values())

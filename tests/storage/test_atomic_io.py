@@ -19,7 +19,7 @@ from flatlora_diffusion.storage.run_dir import RunDir
 from flatlora_diffusion.storage.tensor_io import cached_tensors
 
 
-def test_a_file_that_cannot_be_written_is_as_it_was_and_leaves_nothing_beside_it(tmp_path: Path) -> None:
+def test_a_failed_write_leaves_the_old_file_and_no_temporary_file(tmp_path: Path) -> None:
     file = tmp_path / "config.json"
     write_json(file, {"rank": 4})
 
@@ -34,7 +34,7 @@ def test_a_file_that_cannot_be_written_is_as_it_was_and_leaves_nothing_beside_it
     assert list(tmp_path.iterdir()) == [file]
 
 
-def test_two_threads_may_write_one_file_at_once(tmp_path: Path) -> None:
+def test_two_threads_can_write_the_same_file(tmp_path: Path) -> None:
     both = threading.Barrier(2, timeout=HANGS)
 
     def write(text: str) -> None:
@@ -48,13 +48,13 @@ def test_two_threads_may_write_one_file_at_once(tmp_path: Path) -> None:
     assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] in ([("file", "one")], [("file", "two")])
 
 
-def test_names_that_are_no_text_can_be_written_too(tmp_path: Path) -> None:
+def test_file_names_that_are_not_valid_text_can_be_saved(tmp_path: Path) -> None:
     write_json(tmp_path / "manifest.json", ["\udcff.png"])
     assert json.loads((tmp_path / "manifest.json").read_text(encoding="utf-8")) == ["\udcff.png"]
 
 
 @pytest.mark.parametrize("is_kept", [False, True])
-def test_tensors_are_made_once_where_they_are_kept(tmp_path: Path, is_kept: bool) -> None:
+def test_cached_tensors_are_computed_once(tmp_path: Path, is_kept: bool) -> None:
     path, made = tmp_path / "latent.safetensors" if is_kept else None, []
 
     def make() -> Mapping[str, Tensor]:
@@ -80,20 +80,20 @@ class RefusedRequest(OSError):
     ],
     ids=lambda error: type(error).__name__,
 )
-def test_an_error_of_something_else_is_not_blamed_on_the_folder(tmp_path: Path, error: OSError) -> None:
+def test_unrelated_errors_are_not_attributed_to_the_folder(tmp_path: Path, error: OSError) -> None:
     for blame in (RunDir(tmp_path).writing(), explain_write_errors(tmp_path, "cache_dir")):
         with pytest.raises(type(error), match=error.strerror or str(error)), blame:
             raise error
 
 
 @pytest.mark.parametrize("file", [None, "checkpoint-3/state", "."])
-def test_an_error_of_the_folder_is(tmp_path: Path, file: str | None) -> None:
+def test_write_errors_are_attributed_to_the_folder(tmp_path: Path, file: str | None) -> None:
     error = OSError(28, "No space left", *([] if file is None else [str(tmp_path / file)]))
     with pytest.raises(RunError, match="the run folder cannot be written: No space left"), RunDir(tmp_path).writing():
         raise error
 
 
-def test_a_folder_is_tried_before_it_is_needed_and_left_as_it_was(tmp_path: Path) -> None:
+def test_checking_that_a_folder_is_writable_does_not_change_it(tmp_path: Path) -> None:
     check_writable(tmp_path / "a" / "b", "cache_dir")
     check_writable(tmp_path, "cache_dir")
     assert list(tmp_path.iterdir()) == []

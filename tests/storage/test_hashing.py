@@ -25,7 +25,7 @@ def test_each_draw_of_a_step_changes_its_hash() -> None:
     assert _hash(*(tensor.clone() for tensor in draws)) in hashes
 
 
-def test_nothing_is_read_before_the_step_is_over() -> None:
+def test_hashes_are_read_from_the_device_only_after_the_step() -> None:
     """A meta tensor cannot be read, as one of a GPU cannot without waiting for it."""
     result = DrawHash()
     result.add(torch.zeros(1, device="meta"))
@@ -33,13 +33,13 @@ def test_nothing_is_read_before_the_step_is_over() -> None:
         result.hexdigest()
 
 
-def test_bf16_tensors_have_hashes_too() -> None:
+def test_bf16_tensors_can_be_hashed() -> None:
     one = torch.tensor([1.0, 2.0], dtype=torch.bfloat16)
     assert tensors_sha256([one]) == tensors_sha256([one.clone()])
     assert tensors_sha256([one]) != tensors_sha256([one * 2])
 
 
-def test_the_bases_fingerprint_reads_frozen_weights_alone() -> None:
+def test_the_base_s_fingerprint_depends_on_frozen_weights_only() -> None:
     frozen, trained = nn.Linear(4, 4).requires_grad_(False), nn.Linear(4, 4)
     model = nn.Sequential(frozen, trained)
     before = base_fingerprint(model)

@@ -41,7 +41,7 @@ def load_data(name: str) -> None:
     ],
     ids=["base", "vae", "encoder", "captioner", "dataset"],
 )
-def test_a_hub_id_that_is_not_downloaded_is_told_without_advice_for_programmers(
+def test_the_error_for_a_hub_id_without_download_has_no_advice_for_programmers(
     base: Path, load: Callable[[Path], None]
 ) -> None:
     with pytest.raises(ConfigError) as error:
@@ -55,19 +55,19 @@ def test_a_hub_id_that_is_not_downloaded_is_told_without_advice_for_programmers(
 
 
 @pytest.mark.parametrize("place", ["/no where/at all", "./no/such/folder"])
-def test_what_can_be_no_hub_id_is_no_folder(base: Path, place: str) -> None:
+def test_a_path_that_cannot_be_a_hub_id_is_a_missing_folder(base: Path, place: str) -> None:
     for load in (load_encoder, load_captioner, lambda name: load_base(ModelConfig(str(base), name))):
         with pytest.raises(ConfigError, match=re.escape(place)):
             load(place)
 
 
-def test_a_file_without_its_configs_names_the_flag_that_gives_them(base: Path, tmp_path: Path) -> None:
+def test_the_error_for_a_single_file_without_configs_names_the_flag(base: Path, tmp_path: Path) -> None:
     file = save_single_file(StableDiffusionXLPipeline.from_pretrained(base), tmp_path / "mine.safetensors")
     with pytest.raises(ConfigError, match=r"not downloaded.*--single_file_config FOLDER") as error:
         load_base(ModelConfig(str(file)))
     assert not [word for word in FOR_PROGRAMMERS if word in str(error.value)]
 
 
-def test_other_faults_keep_their_words(tmp_path: Path) -> None:
+def test_other_loading_errors_keep_their_first_line(tmp_path: Path) -> None:
     assert loading_failure(str(tmp_path), OSError("config.json is damaged.\nmore")) == "config.json is damaged"
     assert loading_failure("some/model", ValueError()) == "ValueError"

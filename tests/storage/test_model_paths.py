@@ -1,4 +1,4 @@
-"""Valid paths of a base, a VAE and a LoRA; pickles are refused."""
+"""Valid paths of a base, a VAE and a LoRA; pickles are an error."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ CHECKS: dict[str, Callable[[str, str], None]] = {"base": check_base, "vae": chec
 
 @pytest.mark.parametrize("ending", [*PICKLES, ".CKPT", ""])
 @pytest.mark.parametrize("kind", CHECKS)
-def test_a_file_of_another_format_is_refused_there_or_not(tmp_path: Path, kind: str, ending: str) -> None:
+def test_a_file_of_another_format_is_an_error_whether_it_exists_or_not(tmp_path: Path, kind: str, ending: str) -> None:
     file = tmp_path / f"model{ending}"
     for is_there in (False, True):
         if is_there:
@@ -24,7 +24,7 @@ def test_a_file_of_another_format_is_refused_there_or_not(tmp_path: Path, kind: 
             CHECKS[kind](kind, str(file))
 
 
-def test_what_there_is_of_each_kind_is_taken(base: Path, tmp_path: Path) -> None:
+def test_existing_models_of_each_kind_are_accepted(base: Path, tmp_path: Path) -> None:
     file = tmp_path / "MODEL.SAFETENSORS"
     file.touch()
     for name in ("tiny", str(base), "owner/name", str(file)):
@@ -37,7 +37,7 @@ def test_what_there_is_of_each_kind_is_taken(base: Path, tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize("ending", [".bin", ".ckpt"])
-def test_pickled_weights_beside_others_are_not_read_and_no_reason_to_refuse(tmp_path: Path, ending: str) -> None:
+def test_pickled_weights_are_an_error_unless_safetensors_are_beside_them(tmp_path: Path, ending: str) -> None:
     (tmp_path / "model_index.json").touch()
     (tmp_path / "unet").mkdir()
     (tmp_path / f"model{ending}").touch()  # beside the parts it is none of them
@@ -50,7 +50,9 @@ def test_pickled_weights_beside_others_are_not_read_and_no_reason_to_refuse(tmp_
 
 
 @pytest.mark.parametrize("name", ["nowhere", "a/b/c", "../owner/name", "", "C:\\models\\base"])
-def test_what_is_no_place_and_no_hub_id_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+def test_a_name_that_is_neither_a_path_nor_a_hub_id_is_an_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
     monkeypatch.chdir(tmp_path)
     for kind, check in CHECKS.items():
         with pytest.raises(ConfigError, match=f"{kind}="):

@@ -1,4 +1,4 @@
-"""Partial files: none after a full disk, and removal of those that killed processes leave."""
+"""Partial files: none after a full disk; those of killed processes are removed."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def longest_file(size: int) -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
-def test_tensors_that_do_not_fit_are_an_error_of_the_system_and_leave_the_file_that_was_there(tmp_path: Path) -> None:
+def test_tensors_that_do_not_fit_on_the_disk_are_an_oserror_and_leave_the_old_file(tmp_path: Path) -> None:
     path = tmp_path / "x.safetensors"
     save_tensors(path, {"a": torch.ones(2)})
     with longest_file(1000), pytest.raises(OSError, match=r"File too large") as caught:
@@ -45,7 +45,7 @@ def test_tensors_that_do_not_fit_are_an_error_of_the_system_and_leave_the_file_t
         save_tensors(path, {"a": torch.ones(1000)})
 
 
-def test_a_text_is_there_whole_or_not_at_all(tmp_path: Path) -> None:
+def test_a_text_file_is_written_completely_or_not_at_all(tmp_path: Path) -> None:
     path = tmp_path / "README.md"
     write_text(path, "before" + "\n")
     with longest_file(10), pytest.raises(OSError, match="File too large"):
@@ -54,7 +54,7 @@ def test_a_text_is_there_whole_or_not_at_all(tmp_path: Path) -> None:
     assert path.read_bytes() == b"before\n"
 
 
-def test_only_what_was_left_half_written_goes_and_where_others_write_only_what_is_old(tmp_path: Path) -> None:
+def test_only_partial_files_are_removed_and_with_an_age_limit_only_old_ones(tmp_path: Path) -> None:
     old, new = tmp_path / ".a.safetensors.1.part", tmp_path / ".b.safetensors.2.part"
     for path in (old, new, tmp_path / "b.part", tmp_path / ".hidden", tmp_path / ".c.part"):
         path.touch()

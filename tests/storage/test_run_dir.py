@@ -20,7 +20,7 @@ def names(folder: Path) -> set[str]:
     return {path.name for path in folder.iterdir()}
 
 
-def test_a_user_s_own_copy_is_no_checkpoint_and_stays(tmp_path: Path) -> None:
+def test_a_user_s_copy_of_a_checkpoint_is_not_a_checkpoint_and_is_not_removed(tmp_path: Path) -> None:
     run, own = (
         RunDir(tmp_path),
         {"checkpoint-9-best", "checkpoint-best", "checkpoint-", "checkpoint-007", "checkpoint-٣"},
@@ -38,7 +38,7 @@ def test_a_user_s_own_copy_is_no_checkpoint_and_stays(tmp_path: Path) -> None:
         run.checkpoint("checkpoint-9-best")
 
 
-def test_a_checkpoint_that_cannot_be_written_leaves_nothing_and_the_run_folder_is_named(tmp_path: Path) -> None:
+def test_a_failed_checkpoint_leaves_no_files_and_the_error_names_the_run_folder(tmp_path: Path) -> None:
     run = RunDir(tmp_path)
     with pytest.raises(RunError, match="the run folder cannot be written: full"):
         _write_half(run)
@@ -51,7 +51,7 @@ def _write_half(run: RunDir) -> None:
         raise OSError("full")
 
 
-def test_checkpoints_of_later_steps_make_way_for_a_run_that_goes_on_from_an_earlier_one(tmp_path: Path) -> None:
+def test_resuming_from_an_earlier_step_archives_later_checkpoints(tmp_path: Path) -> None:
     run = RunDir(tmp_path)
     for step in (2, 4, 6):
         with run.new_checkpoint(step, limit=None):
@@ -61,7 +61,7 @@ def test_checkpoints_of_later_steps_make_way_for_a_run_that_goes_on_from_an_earl
     assert names(tmp_path / "earlier-1") == {"checkpoint-4", "checkpoint-6"}
 
 
-def test_only_what_a_killed_run_has_left_half_written_is_cleaned_away(tmp_path: Path) -> None:
+def test_cleaning_removes_only_partial_files_of_a_killed_run(tmp_path: Path) -> None:
     for name in (".checkpoint-5.part", ".checkpoint-4.old", "checkpoint-3", ".mine.part"):
         (tmp_path / name).mkdir()
     (tmp_path / "images").mkdir()
@@ -80,7 +80,7 @@ MANIFEST = [{"id": "a.png", "sha256": "0"}]
 
 @pytest.mark.parametrize("has_earlier", [False, True])
 @pytest.mark.parametrize("renames", range(13))
-def test_a_start_that_is_cut_off_anywhere_can_be_made_again_and_loses_nothing(
+def test_a_start_that_is_killed_at_any_point_can_be_repeated_and_loses_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, renames: int, has_earlier: bool
 ) -> None:
     folder = tmp_path / "run"
@@ -113,7 +113,7 @@ def test_a_start_that_is_cut_off_anywhere_can_be_made_again_and_loses_nothing(
 
 
 @pytest.mark.parametrize("files", [{"config.json": "{}"}, {"config.json": "{}", "manifest.json": '{"name": "page"}'}])
-def test_files_that_no_run_has_made_are_not_moved_away(tmp_path: Path, files: dict[str, str]) -> None:
+def test_files_that_are_not_from_a_run_are_not_moved(tmp_path: Path, files: dict[str, str]) -> None:
     for name, text in files.items():
         (tmp_path / name).write_text(text)
     with pytest.raises(ConfigError, match=r"output_dir=.* holds config\.json"):
@@ -130,13 +130,15 @@ def test_files_that_no_run_has_made_are_not_moved_away(tmp_path: Path, files: di
         (["start", "step", "stopped"], "stopped"),
     ],
 )
-def test_a_run_has_ended_when_no_step_came_after(tmp_path: Path, events: list[str], ending: str | None) -> None:
+def test_a_run_has_ended_if_no_step_follows_its_last_event(
+    tmp_path: Path, events: list[str], ending: str | None
+) -> None:
     (tmp_path / "events.jsonl").write_text("".join(json.dumps({"event": event}) + "\n" for event in events))
     result = RunDir(tmp_path).ending()
     assert (None if result is None else result["event"]) == ending
 
 
-def test_a_step_that_was_taken_again_counts_once_as_it_was_taken_last(tmp_path: Path) -> None:
+def test_a_repeated_step_counts_once_with_its_last_values(tmp_path: Path) -> None:
     run = RunDir(tmp_path)
     for life, (resumed, steps) in enumerate([(None, range(5)), (2, range(2, 4)), (3, range(3, 4))]):
         if resumed is not None:
@@ -148,14 +150,14 @@ def test_a_step_that_was_taken_again_counts_once_as_it_was_taken_last(tmp_path: 
     assert run.holdout_losses() == {1: 0.0, 2: 0.0, 3: 1.0, 4: 2.0}
 
 
-def test_steps_that_are_told_twice_without_a_word_count_once_in_order(tmp_path: Path) -> None:
+def test_steps_logged_twice_without_a_resume_count_once_in_order(tmp_path: Path) -> None:
     run = RunDir(tmp_path)
     for step in (0, 1, 2, 1):
         run.add_event({"event": "step", "step": step})
     assert [one["step"] for one in run.steps()] == [0, 1, 2]
 
 
-def test_a_folder_belongs_to_one_run_at_a_time_and_is_as_before_after_it(tmp_path: Path) -> None:
+def test_a_folder_is_locked_for_a_single_run_and_unchanged_after_it(tmp_path: Path) -> None:
     folder = tmp_path / "runs" / "one"
     with lock_folder(folder, "output_dir"):
         with (
@@ -171,7 +173,7 @@ def test_a_folder_belongs_to_one_run_at_a_time_and_is_as_before_after_it(tmp_pat
     assert names(folder) == {"file"}
 
 
-def test_a_folder_that_cannot_be_made_is_refused_in_one_sentence(tmp_path: Path) -> None:
+def test_a_folder_that_cannot_be_created_is_an_error_of_one_sentence(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     folder = tmp_path / "file" / "run"
     complaint = r"output_dir='.*' cannot be written: .+; give another folder"
@@ -179,9 +181,7 @@ def test_a_folder_that_cannot_be_made_is_refused_in_one_sentence(tmp_path: Path)
         pass
 
 
-def test_a_lock_whose_file_was_removed_keeps_others_out_all_the_same(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_lock_holds_even_if_its_file_was_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     acquire = FileLock.acquire
     removed: list[bool] = []
 

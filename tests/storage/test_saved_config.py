@@ -32,7 +32,7 @@ def save(folder: Path, **settings: Any) -> RunDir:
     return run
 
 
-def test_paths_of_the_working_folder_and_of_the_home_repeat_a_run(home: Path) -> None:
+def test_a_saved_run_keeps_paths_in_the_working_folder_and_the_home(home: Path) -> None:
     run = save(
         home / "runs" / "x",
         instance_data_dir=str(home / "pictures"),
@@ -48,7 +48,7 @@ def test_paths_of_the_working_folder_and_of_the_home_repeat_a_run(home: Path) ->
     assert config.run.output_dir == str(home / "runs" / "x")
 
 
-def test_the_samples_are_found_wherever_the_program_is_installed(home: Path) -> None:
+def test_saved_paths_of_samples_work_in_any_installation(home: Path) -> None:
     icons = SAMPLES / "icons_3d"
     run = save(home / "x", instance_data_dir=str(icons), output_dir="x")
     assert json.loads(run.config_file.read_text(encoding="utf-8"))["instance_data_dir"] == "samples/icons_3d"
@@ -60,7 +60,7 @@ def test_the_samples_are_found_wherever_the_program_is_installed(home: Path) -> 
     assert mine == "samples/icons_3d", "the user's own folder of that name goes before"
 
 
-def test_other_paths_have_to_be_given_again_and_one_sentence_says_which(
+def test_the_error_for_unsaved_paths_lists_the_settings_to_give_again(
     home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run = save(
@@ -70,9 +70,9 @@ def test_other_paths_have_to_be_given_again_and_one_sentence_says_which(
         output_dir=str(tmp_path / "x"),
     )
     assert command_line.train_main(["--config", str(run.config_file)]) == 2
-    said = capsys.readouterr().err
-    assert "give --instance_data_dir (it was .../pictures), --init_lora (it was .../old.safetensors) again" in said
-    assert str(tmp_path) not in said
+    error = capsys.readouterr().err
+    assert "give --instance_data_dir (it was .../pictures), --init_lora (it was .../old.safetensors) again" in error
+    assert str(tmp_path) not in error
     again = ["--instance_data_dir", str(tmp_path / "pictures"), "--init_lora", "x"]
     config = parse_config(["--config", str(run.config_file), *again])
     assert config.run.output_dir == str(tmp_path / "x"), "it is beside the file"
@@ -83,7 +83,7 @@ def test_a_run_that_was_resumed_is_repeated_from_its_start(tmp_path: Path) -> No
     assert parse_config(["--config", str(run.config_file)]) == TrainConfig.from_dict({"rank": 2})
 
 
-def test_a_run_is_resumed_with_its_own_settings_where_none_are_given(tmp_path: Path) -> None:
+def test_a_resumed_run_keeps_the_settings_that_are_not_given(tmp_path: Path) -> None:
     save(tmp_path / "x", learning_rate=0.01, rank=2, seed=4)
     resume = ["--output_dir", str(tmp_path / "x"), "--resume_from_checkpoint", "latest"]
     config = parse_config([*resume, "--seed", "5"])
@@ -108,7 +108,7 @@ def test_a_path_is_the_same_from_every_working_folder(saved: str | None, now: st
         assert changed_names({name: now}, {name: saved}) == ([] if is_same else [name])
 
 
-def test_what_is_saved_has_neither_tokens_nor_absolute_paths(tmp_path: Path) -> None:
+def test_saved_settings_have_no_tokens_and_no_absolute_paths(tmp_path: Path) -> None:
     values = {"hub_token": "hf_x", "output_dir": str(tmp_path), "rank": 2, "resume_from_checkpoint": "latest"}
     saved = portable(values)
     assert saved == {"output_dir": f".../{tmp_path.name}", "rank": 2, "resume_from_checkpoint": None}

@@ -32,7 +32,7 @@ def images(tmp_path: Path) -> Path:
         ("elsewhere/run", None),
     ],
 )
-def test_two_folders_are_one_or_nested_or_apart(
+def test_two_folders_are_equal_nested_or_separate(
     images: Path, tmp_path: Path, path: str, expected: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -52,7 +52,7 @@ def test_links_are_followed_on_both_sides(images: Path, tmp_path: Path) -> None:
     assert relation(tmp_path / "away", tmp_path / "away" / "photos") is None, "what the link leads to lies elsewhere"
 
 
-def test_a_name_in_other_case_is_the_same_folder_where_the_disk_says_so(
+def test_names_in_other_case_are_the_same_folder_on_a_case_insensitive_disk(
     images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     upper = tmp_path / "project" / "IMAGES"
@@ -68,15 +68,13 @@ def test_a_name_in_other_case_is_the_same_folder_where_the_disk_says_so(
 
 
 @pytest.mark.parametrize("path", ["project/images", "project/images/run", "project"])
-def test_what_is_refused_names_both_settings_and_a_folder_that_is_taken(
-    images: Path, tmp_path: Path, path: str
-) -> None:
+def test_the_error_names_both_settings_and_suggests_a_valid_folder(images: Path, tmp_path: Path, path: str) -> None:
     written = tmp_path / path
     with pytest.raises(ConfigError) as refused:
         check_separate("output_dir", written, "instance_data_dir", [images])
-    said = str(refused.value)
-    assert f"output_dir={str(written)!r}" in said
-    assert f"instance_data_dir={str(images)!r}" in said
-    assert "\n" not in said
-    offered = Path(said.rpartition("such as ")[2].strip("'"))
+    error = str(refused.value)
+    assert f"output_dir={str(written)!r}" in error
+    assert f"instance_data_dir={str(images)!r}" in error
+    assert "\n" not in error
+    offered = Path(error.rpartition("such as ")[2].strip("'"))
     check_separate("output_dir", offered, "instance_data_dir", [images])
