@@ -28,7 +28,8 @@ def main() -> None:
         return
     tiny = Path(base_path(TINY))
     scheduler = load_pipeline(ModelConfig(), torch.device("cpu"), torch.float32).scheduler
-    with torch.device(DEVICE):  # a GPU is quick to fill 3.5 billion weights
+    torch.set_default_dtype(torch.bfloat16)  # in fp32 the 3.5 billion weights would not fit into a GPU of 16 GB
+    with torch.device(DEVICE):  # a GPU is quick to fill them
         pipeline = StableDiffusionXLPipeline(
             vae=AutoencoderKL.from_config(part_settings(SDXL, "vae")),
             text_encoder=CLIPTextModel(CLIPTextConfig(**part_settings(SDXL, "text_encoder"))),
@@ -38,7 +39,7 @@ def main() -> None:
             unet=UNet2DConditionModel.from_config(part_settings(SDXL, "unet")),
             scheduler=scheduler,
         )
-    pipeline.to(torch.bfloat16).save_pretrained(folder)
+    pipeline.save_pretrained(folder)
 
 
 if __name__ == "__main__":

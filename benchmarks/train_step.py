@@ -39,6 +39,7 @@ from flatlora_diffusion.data.batches import Batches
 from flatlora_diffusion.data.dataset import Sample, load_samples
 from flatlora_diffusion.method.build import step_gradient
 from flatlora_diffusion.method.gradient import GradientInputs
+from flatlora_diffusion.sdxl.device import DTYPES
 from flatlora_diffusion.sdxl.loading import base_path
 from flatlora_diffusion.sdxl.objective import Batch, Objective
 from flatlora_diffusion.sdxl.pipeline import Sdxl
@@ -74,7 +75,7 @@ def main() -> None:
     parser.add_argument("--base", help="a folder in diffusers' format; without one, both subjects of the table")
     parser.add_argument("--batch", type=int, default=1, help="of --base")
     parser.add_argument("--resolution", type=int, help="of --base; default: its own")
-    parser.add_argument("--mixed_precision", default="no", choices=("no", "bf16"), help="of --base")
+    parser.add_argument("--mixed_precision", default="no", choices=("no", "fp16", "bf16"), help="of --base")
     parser.add_argument("--gradient_checkpointing", action="store_true", help="of --base")
     parser.add_argument("--quantize_base", help="of --base; there is no `plain` arm then")
     parser.add_argument(
@@ -140,8 +141,7 @@ def base_arms(
 
 def plain_base_step(config: TrainConfig, batch: Batch) -> Step:
     path = base_path(config.model.pretrained_model_name_or_path)
-    is_half = config.optim.mixed_precision == "bf16"
-    dtype = torch.bfloat16 if is_half else torch.float32
+    dtype = DTYPES[str(config.optim.mixed_precision)]
     unet = UNet2DConditionModel.from_pretrained(path, subfolder="unet", dtype=dtype)
     unet.to(record.DEVICE).requires_grad_(False)
     unet.add_adapter(LORA)
@@ -149,7 +149,7 @@ def plain_base_step(config: TrainConfig, batch: Batch) -> Step:
     if config.optim.gradient_checkpointing:
         unet.enable_gradient_checkpointing()
     unet.train()
-    return plain_step(unet, DDPMScheduler.from_pretrained(path, subfolder="scheduler"), batch, is_half)
+    return plain_step(unet, DDPMScheduler.from_pretrained(path, subfolder="scheduler"), batch, dtype)
 
 
 def block_arms(folder: str) -> tuple[dict[str, Step], int]:
@@ -242,7 +242,7 @@ def ready_step(config: TrainConfig, samples: Sequence[Sample]) -> Step:
     return our_step(state)
 
 
-def plain_step(model: Any, scheduler: Any, batch: Batch, is_half: bool = False) -> Step:
+def plain_step(model: Any, scheduler: Any, batch: Batch, dtype: torch.dtype = torch.float32) -> Step:
     """The step of diffusers' script with cached latents and a single prompt: what a user would write without us."""
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer, lr_schedule = optimizer_of(parameters)
@@ -254,7 +254,7 @@ def plain_step(model: Any, scheduler: Any, batch: Batch, is_half: bool = False) 
         noise = torch.randn_like(latents)
         timesteps = torch.randint(0, count, (len(latents),), device=latents.device)
         noisy = scheduler.add_noise(latents, noise, timesteps)
-        with torch.autocast(latents.device.type, torch.bfloat16, enabled=is_half):
+        with torch.autocast(latents.device.type, dtype, enabled=dtype != torch.float32):
             output = model(noisy, timesteps, batch.prompt_embeds, added_cond_kwargs=added, return_dict=False)[0]
         loss = F.mse_loss(output.float(), noise.float(), reduction="mean")
         loss.backward()

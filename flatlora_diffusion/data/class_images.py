@@ -14,7 +14,7 @@ from tqdm import tqdm
 from flatlora_diffusion.config import ModelConfig, TrainConfig
 from flatlora_diffusion.data.dataset import Sample, load_samples
 from flatlora_diffusion.data.images import find_images
-from flatlora_diffusion.sdxl.device import DTYPES, this_process
+from flatlora_diffusion.sdxl.device import DTYPES, check_precision, this_process
 from flatlora_diffusion.sdxl.pipeline import Sdxl, load_sdxl
 from flatlora_diffusion.sdxl.sampling import generate_images
 from flatlora_diffusion.storage.atomic_io import atomic_write, explain_write_errors
@@ -61,6 +61,7 @@ def _generate(config: TrainConfig, folder: Path, numbers: Sequence[int], device:
     """Generate the images of these numbers into `folder`; each seed is a function of (seed, number)."""
     data, seed = config.data, config.run.seed
     assert seed is not None
+    check_precision("prior_generation_precision", data.prior_generation_precision, device)
     default = torch.float16 if device.type == "cuda" else torch.float32
     dtype = default if data.prior_generation_precision is None else DTYPES[data.prior_generation_precision]
     sdxl = _load_on(config.model, device, dtype)
@@ -69,7 +70,7 @@ def _generate(config: TrainConfig, folder: Path, numbers: Sequence[int], device:
         part = numbers[start : start + data.sample_batch_size]
         prompts = [str(data.class_prompt)] * len(part)
         seeds = [derive_seed(seed, "class_image", number) for number in part]
-        images = generate_images(sdxl, prompts, seeds, size, batch_size=data.sample_batch_size)
+        images = generate_images(sdxl, prompts, seeds, size, batch_size=data.sample_batch_size, must_be_finite=True)
         for number, image in zip(part, images, strict=True):
             path = folder / f"class-{number:04d}.png"
             while path.exists():  # the user's own file is never overwritten

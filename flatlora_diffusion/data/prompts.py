@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flatlora_diffusion.config import ConfigError, DataConfig, TrainConfig
+from flatlora_diffusion.config import ConfigError, DataConfig, RunError, TrainConfig
 from flatlora_diffusion.data.dataset import Sample
 from flatlora_diffusion.sdxl.pipeline import Sdxl, encode_prompts
 from flatlora_diffusion.storage.rng import generator
@@ -156,6 +156,12 @@ def _encode(sdxl: Sdxl, captions: set[str], folder: Path | None) -> FrozenPrompt
 
 def _embeds(sdxl: Sdxl, caption: str) -> dict[str, Tensor]:
     prompt_embeds, pooled = encode_prompts(sdxl, [caption])
+    if not (prompt_embeds.isfinite().all() and pooled.isfinite().all()):
+        precision = str(prompt_embeds.dtype).removeprefix("torch.")
+        raise RunError(
+            f"the text encoders give embeddings in {precision} that are not finite for the caption {caption!r}; give "
+            "another --mixed_precision, or check that the base's files are complete"
+        )
     return {"prompt_embeds": prompt_embeds, "pooled_prompt_embeds": pooled}
 
 

@@ -28,7 +28,7 @@ from flatlora_diffusion.gallery.grid import labelled_grid
 from flatlora_diffusion.gallery.png_text import UsedLora, bare_name, grid_text, image_text
 from flatlora_diffusion.lora_files.loading import lora_scale, loras_loaded
 from flatlora_diffusion.lora_files.paths import LoraFile, parse_lora, unique_path_ends
-from flatlora_diffusion.sdxl.device import DTYPES
+from flatlora_diffusion.sdxl.device import DTYPES, check_precision
 from flatlora_diffusion.sdxl.drawing import Drawing, portable_base_name
 from flatlora_diffusion.sdxl.pipeline import Sdxl, load_sdxl
 from flatlora_diffusion.sdxl.sampling import describe_drawing, generate_images
@@ -132,7 +132,9 @@ def _load(config: GenerateConfig) -> tuple[Sdxl, GenerateConfig]:
     """Load the base; returns it and the config with precision and resolution set."""
     has_gpu = torch.cuda.is_available()
     precision = config.mixed_precision or ("fp16" if has_gpu else "no")
-    sdxl = load_sdxl(config.model, torch.device("cuda" if has_gpu else "cpu"), DTYPES[precision])
+    device = torch.device("cuda" if has_gpu else "cpu")
+    check_precision("mixed_precision", precision, device)
+    sdxl = load_sdxl(config.model, device, DTYPES[precision])
     if config.model.offload and has_gpu:
         sdxl.pipeline.enable_model_cpu_offload()
     resolution = sdxl.checked_resolution(config.resolution)

@@ -30,6 +30,8 @@ from flatlora_diffusion.method.layers import AdaptedLayer
 from flatlora_diffusion.method.noise import compute_dtype
 from flatlora_diffusion.method.row_norms import RowStds
 
+_SHIFT = 2.0**5  # moved from V to U': a power of two changes no bit of eps and keeps V^T x in the range of fp16
+
 DRAW_RANK = 4  # k; the factors of the attention layers of SDXL's UNet take 11.6 MB
 
 Pair = tuple[Tensor, Tensor]  # V^T (k, n) and U'^T (k, m)
@@ -54,8 +56,8 @@ class LowRankDraw(Draw):
         for index, group in enumerate(stds):
             rng = torch.Generator(device=group.stds.device)
             rng.manual_seed(key.derive(*_purpose(index)))
-            ups = _normal(sum(group.rows), rng).mul_(group.stds * (sigma / math.sqrt(DRAW_RANK)))
-            downs = _normal(sum(layer.inputs for layer in group.layers), rng)
+            ups = _normal(sum(group.rows), 1, rng).mul_(group.stds * (sigma * _SHIFT / math.sqrt(DRAW_RANK)))
+            downs = _normal(sum(layer.inputs for layer in group.layers), 1 / _SHIFT, rng)
             # Rounded to bf16, so that eps is the same in all dtypes.
             self._groups.append((group, (downs.bfloat16(), ups.bfloat16())))
         self._factors = {torch.bfloat16: self._split(torch.bfloat16)}
@@ -73,11 +75,13 @@ class LowRankDraw(Draw):
             return None
         dtype = compute_dtype(x.device, branch[0].dtype)
         factors = self._pair(layer.name, dtype)
-        plain = layer.plain_weight_and_bias(dtype) if x.dtype == dtype else None
+        # Autocast would cast x once for the base layer and once for the LoRA, and sum their gradients in fp32.
+        is_castable = x.dtype == dtype or dtype != branch[0].dtype
+        plain = layer.plain_weight_and_bias(dtype) if is_castable else None
         if plain is None:
             output: Tensor = _PerturbedLayer.apply(x.to(dtype), layer.base_hook.forward(x), None, *branch, *factors)
         else:
-            output = _PerturbedLayer.apply(x, plain[1], plain[0], *branch, *factors)
+            output = _PerturbedLayer.apply(x.to(dtype), plain[1], plain[0], *branch, *factors)
         return output
 
     def _product(self, layer: AdaptedLayer, x: Tensor) -> Tensor:
@@ -167,6 +171,6 @@ def _joined(learned: Tensor, drawn: Tensor) -> Tensor:
     return torch.cat((learned.to(drawn.dtype), drawn))
 
 
-def _normal(columns: int, rng: torch.Generator) -> Tensor:
-    """Return (k, columns) samples of N(0, 1)."""
-    return torch.empty(DRAW_RANK, columns, device=rng.device).normal_(generator=rng)
+def _normal(columns: int, std: float, rng: torch.Generator) -> Tensor:
+    """Return (k, columns) samples of N(0, std^2)."""
+    return torch.empty(DRAW_RANK, columns, device=rng.device).normal_(0, std, generator=rng)

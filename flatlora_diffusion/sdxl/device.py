@@ -13,6 +13,8 @@ from accelerate.state import AcceleratorState
 from accelerate.utils import parse_flag_from_env
 from torch import distributed
 
+from flatlora_diffusion.config import ConfigError
+
 # By the names in the settings; "no" is accelerate's name for no mixed precision.
 DTYPES = {"no": torch.float32, "fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 # Processes wait while the first one generates previews or uploads; PyTorch's timeout of 10 minutes is too short.
@@ -42,6 +44,20 @@ def one_training() -> Iterator[PartialState]:
     finally:
         if is_first:
             AcceleratorState._reset_state()
+
+
+def has_bf16(device: torch.device) -> bool:
+    """Whether `device` computes in bf16 itself; PyTorch emulates it on GPUs before the RTX 30 series, far slower."""
+    return device.type != "cuda" or torch.cuda.is_bf16_supported(including_emulation=False)
+
+
+def check_precision(setting: str, precision: str | None, device: torch.device) -> None:
+    """Raise ConfigError if `device` only emulates the precision of `setting`."""
+    if precision == "bf16" and not has_bf16(device):
+        name = torch.cuda.get_device_name(device)
+        raise ConfigError(
+            f"{setting}='bf16' is only emulated by {name}, which is older than the RTX 30 series; use --{setting} fp16"
+        )
 
 
 def any_process(accelerator: Accelerator, reason: str | None) -> str | None:

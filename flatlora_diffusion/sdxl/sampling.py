@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 
 import torch
 from PIL import Image
-from torch import nn
+from torch import Tensor, nn
 
-from flatlora_diffusion.config import TEXT_PARTS
+from flatlora_diffusion.config import TEXT_PARTS, RunError
 from flatlora_diffusion.sdxl.drawing import Drawing, sampling_names
 from flatlora_diffusion.sdxl.family import TINY_FAMILY
 from flatlora_diffusion.sdxl.pipeline import Sdxl, decode_latents
+
+logger = logging.getLogger(__name__)
 
 STEPS, GUIDANCE = 25, 5.0  # defaults
 RESCALE = 0.7  # guidance rescale for zero terminal SNR, against overexposure (arXiv:2305.08891)
@@ -29,6 +32,7 @@ def generate_images(  # noqa: PLR0913 (all that an image depends on)
     batch_size: int = 8,
     negative_prompt: str | None = None,
     rescale: float | None = None,
+    must_be_finite: bool = False,
 ) -> list[Image.Image]:
     """Generate one image per (prompt, seed) pair.
 
@@ -37,6 +41,7 @@ def generate_images(  # noqa: PLR0913 (all that an image depends on)
 
     Args:
         rescale: guidance rescale; the base's default if None.
+        must_be_finite: raise RunError for an image that is not finite. Otherwise it is black, and a warning says so.
     """
     images: list[Image.Image] = []
     pairs = list(zip(prompts, seeds, strict=True))
@@ -56,8 +61,30 @@ def generate_images(  # noqa: PLR0913 (all that an image depends on)
                 output_type="latent",
             ).images
             pixels = decode_latents(sdxl.vae, latents)
+            if failure := _overflow_text(sdxl, [prompt for prompt, _ in part], latents, pixels):
+                if must_be_finite:
+                    raise RunError(failure)
+                logger.warning("%s", failure)
+                pixels = pixels.masked_fill(~pixels.isfinite(), -1)
             images += sdxl.pipeline.image_processor.postprocess(pixels, output_type="pil")
     return images
+
+
+def _overflow_text(sdxl: Sdxl, prompts: Sequence[str], latents: Tensor, pixels: Tensor) -> str | None:
+    """Say which images are not finite, because a model overflows in its precision, and what to change; else None."""
+    is_finite = pixels.isfinite().flatten(1).all(dim=1).tolist()
+    if all(is_finite):
+        return None
+    named = ", ".join(repr(prompt) for prompt, is_right in zip(prompts, is_finite, strict=True) if not is_right)
+    if latents.isfinite().all():
+        model, dtype, remedy = "VAE", sdxl.vae.dtype, "check or leave out --pretrained_vae_model_name_or_path"
+    elif sdxl.unet.dtype == torch.float16:
+        model, dtype = "UNet", sdxl.unet.dtype
+        remedy = "give another --mixed_precision, for class images --prior_generation_precision"
+    else:
+        model, dtype, remedy = "UNet", sdxl.unet.dtype, "the LoRA has diverged; train with a lower --learning_rate"
+    precision = str(dtype).removeprefix("torch.")
+    return f"the image of {named} is black, because the {model} is not finite in {precision}: {remedy}"
 
 
 def rescale_of(sdxl: Sdxl) -> float:

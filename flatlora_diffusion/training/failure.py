@@ -13,6 +13,7 @@ from torch import Tensor
 
 from flatlora_diffusion.config import ConfigError, RunError, StoppedError, TrainConfig
 from flatlora_diffusion.data.latents import nonfinite_message, nonfinite_names
+from flatlora_diffusion.sdxl.device import has_bf16
 from flatlora_diffusion.signals import describe_interruption
 from flatlora_diffusion.training.checkpoint import save_checkpoint, save_state
 from flatlora_diffusion.training.state import TrainState
@@ -120,7 +121,7 @@ def non_finite_text(state: TrainState, step: int, quantity: str, slots: list[int
         return nonfinite_message(bad_latents)
     names = [sample.id for samples, _ in micro_batches for sample in samples]
     advice = {
-        "fp16": "resume with --mixed_precision bf16",
+        "fp16": f"resume with --mixed_precision {'bf16' if has_bf16(state.accelerator.device) else 'no'}",
         "bf16": "resume with a lower --learning_rate",
         "no": "resume with a lower --learning_rate",
     }[str(state.config.optim.mixed_precision)]

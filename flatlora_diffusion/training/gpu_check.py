@@ -6,11 +6,9 @@ import tempfile
 import time
 from pathlib import Path
 
-import torch
-
 from flatlora_diffusion.config import SAMPLES, SDXL, TrainConfig
 from flatlora_diffusion.data.dataset import load_samples
-from flatlora_diffusion.sdxl.device import this_process
+from flatlora_diffusion.sdxl.device import has_bf16, this_process
 from flatlora_diffusion.sdxl.random_base import random_sdxl
 from flatlora_diffusion.training.failure import friendly_errors
 from flatlora_diffusion.training.first_gradients import start_from_gradients
@@ -53,12 +51,12 @@ def run_gpu_check(config: TrainConfig) -> list[Check]:
 
 def gpu_check_configs() -> tuple[TrainConfig, TrainConfig]:
     """The paper's Flat-LoRA settings on SDXL in the precision that the GPU supports, and the same for SAM."""
-    has_bf16 = this_process().device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    device = this_process().device
     config = TrainConfig().replace(
         pretrained_model_name_or_path=SDXL,
         resolution=1024,
         train_batch_size=1,
-        mixed_precision="bf16" if has_bf16 else "fp16",
+        mixed_precision="bf16" if device.type == "cuda" and has_bf16(device) else "fp16",
         gradient_checkpointing=True,
         cache_latents=True,
     )

@@ -13,7 +13,7 @@ from flatlora_diffusion.adapter.lora import planned_loras
 from flatlora_diffusion.config import ADAPTERS, TEXT_PARTS, ConfigError, TrainConfig, settings_with
 from flatlora_diffusion.data.image_folders import check_folders_apart
 from flatlora_diffusion.data.schedule import Shape, build_schedule
-from flatlora_diffusion.sdxl.device import DTYPES, this_process
+from flatlora_diffusion.sdxl.device import DTYPES, check_precision, this_process
 from flatlora_diffusion.sdxl.shapes import on_meta
 from flatlora_diffusion.storage.atomic_io import check_writable
 from flatlora_diffusion.storage.run_dir import LORA_FILE, RunDir
@@ -107,9 +107,10 @@ def check_before_loading(config: TrainConfig) -> None:
 def with_precision(config: TrainConfig) -> TrainConfig:
     """`config` with a precision: its own, or that of accelerate's launcher, which is in an environment variable.
 
-    Raises ConfigError for a precision that is not supported.
+    Raises ConfigError for a precision that is not supported or that the GPU only emulates.
     """
     if config.optim.mixed_precision is not None:
+        check_precision("mixed_precision", config.optim.mixed_precision, this_process().device)
         return config
     precision = parse_choice_from_env("ACCELERATE_MIXED_PRECISION", "no")
     if precision not in DTYPES:
@@ -117,6 +118,7 @@ def with_precision(config: TrainConfig) -> TrainConfig:
             f"accelerate was configured for mixed_precision {precision!r}, not no, fp16 or bf16; give "
             "--mixed_precision, which overrides it"
         )
+    check_precision("mixed_precision", precision, this_process().device)
     return config.replace(mixed_precision=precision)
 
 

@@ -65,20 +65,24 @@ class Progress:
         gradient: computes the gradient of a step.
         steps_done: optimizer steps done; None during an update.
         skipped_steps: the last steps in a row that fp16's scaler has skipped.
+        loss_scale: that of the last step; None without fp16's scaler.
         last_step: the step whose weights are the result, if held-out images or folds have chosen it.
         average: with --members, a description of the average that the weights are.
         draws: hash of what the last step drew, except for eps.
         loss_increase: that of the last step, if the method is SAM-like.
+        missed_ascents: steps in which a SAM-like method had a gradient to descend but none to climb.
     """
 
     config: TrainConfig
     gradient: StepGradient
     steps_done: int | None = 0
     skipped_steps: int = 0
+    loss_scale: float | None = None
     last_step: int | None = None
     average: str = ""
     draws: str = ""
     loss_increase: LossIncrease | None = None
+    missed_ascents: int = 0
 
 
 @dataclass(frozen=True)

@@ -223,12 +223,27 @@ def train_step(state: TrainState, step: int) -> float:
     if not math.isfinite(gradient_norm) and accelerator.scaler is None:
         raise RunError(non_finite_text(state, step, "gradient", list(range(state.batches.slots))))
     state.progress.loss_increase = None
+    if state.gradient.ascends and ascent is None and math.isfinite(gradient_norm):
+        _warn_of_no_ascent(state, step)
     if ascent_values:
         perturbed_loss, first_order = ascent_values
         state.progress.loss_increase = _loss_increase(loss, perturbed_loss, first_order / loss_scale(accelerator))
+    state.progress.draws = draws.hexdigest()  # before the update, for which the device would have to be waited for
     _update(state, step, is_finite=math.isfinite(gradient_norm))
-    state.progress.draws = draws.hexdigest()
     return loss
+
+
+def _warn_of_no_ascent(state: TrainState, step: int) -> None:
+    """Warn once: half precision can overflow in the gradient of W while those of A and B are finite."""
+    state.progress.missed_ascents += 1
+    if state.progress.missed_ascents == 1:
+        logger.warning(
+            "method=%s: the gradient to climb is 0 or not finite in step %d, which is a step of plain LoRA; if events "
+            "of later steps have no `rise` either, give another --mixed_precision than %s",
+            state.config.perturb.method,
+            step,
+            state.config.optim.mixed_precision,
+        )
 
 
 def _loss_increase(loss: float, perturbed_loss: float, first_order: float) -> LossIncrease | None:
@@ -250,6 +265,7 @@ def _update(state: TrainState, step: int, is_finite: bool) -> None:
         state.gradient.after_update(learning_rate, scale)
         if state.ranks is not None:
             state.ranks.step_done(step + 1)
+    state.progress.loss_scale = None if state.accelerator.scaler is None else scale
     state.progress.skipped_steps = state.progress.skipped_steps + 1 if was_skipped else 0
     if state.progress.skipped_steps == MAX_SKIPPED_STEPS:
         state.progress.steps_done = step
@@ -267,6 +283,8 @@ def _log_step(state: TrainState, step: int, loss: float, lr: float, seconds: flo
     """Log a step to the run's events and the trackers, and return the text of the progress bar."""
     sigma, increase = state.gradient.sigma_at(step), state.progress.loss_increase
     rise = {} if increase is None else {"rise": increase.measured}
+    scale = state.progress.loss_scale
+    scaler = {} if scale is None else {"loss_scale": scale, "is_skipped": state.progress.skipped_steps > 0}
     state.run.add_event(
         {
             "event": "step",
@@ -275,6 +293,7 @@ def _log_step(state: TrainState, step: int, loss: float, lr: float, seconds: flo
             **rise,
             "lr": lr,
             "sigma": sigma,
+            **scaler,
             "draws": state.progress.draws,
             "seconds": round(seconds, 4),
             "eta": round(eta, 1),

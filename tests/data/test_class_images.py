@@ -11,10 +11,11 @@ import torch
 from PIL import Image
 from tiny_runs import samples_of
 
-from flatlora_diffusion.config import ConfigError, ModelConfig, TrainConfig
+from flatlora_diffusion.config import ConfigError, ModelConfig, RunError, TrainConfig
 from flatlora_diffusion.data import class_images
 from flatlora_diffusion.data.dataset import load_samples
 from flatlora_diffusion.sdxl.objective import sample_losses
+from flatlora_diffusion.sdxl.pipeline import Sdxl
 from flatlora_diffusion.training.state import prepare
 from flatlora_diffusion.training.trainer import train
 
@@ -112,3 +113,17 @@ def test_an_invalid_resolution_is_an_error_before_class_images_are_generated(
     )
     with pytest.raises(ConfigError, match="resolution=36 must be a multiple of 16"):
         class_images.load_class_samples(wrong)
+
+
+def test_no_black_class_image_is_saved(
+    config: TrainConfig, sdxl: Sdxl, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "class"
+    prior = config.replace(
+        with_prior_preservation=True, class_data_dir=str(folder), class_prompt="an icon", num_class_images=1
+    )
+    sdxl.unet.conv_out.register_forward_hook(lambda _module, _inputs, output: output * float("nan"))
+    monkeypatch.setattr(class_images, "load_sdxl", lambda *_: sdxl)
+    with pytest.raises(RunError, match="'an icon'"):
+        class_images.load_class_samples(prior)
+    assert not list(folder.glob("*.png"))

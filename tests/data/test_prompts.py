@@ -10,10 +10,11 @@ import torch
 from PIL import Image
 from tiny_runs import samples_of
 
-from flatlora_diffusion.config import ConfigError, DataConfig, TrainConfig
+from flatlora_diffusion.config import ConfigError, DataConfig, RunError, TrainConfig
 from flatlora_diffusion.data.dataset import load_samples, manifest
 from flatlora_diffusion.data.images import ImageError
 from flatlora_diffusion.data.prompts import augmented_caption
+from flatlora_diffusion.sdxl.pipeline import Sdxl
 from flatlora_diffusion.training.state import prepare
 
 
@@ -41,6 +42,13 @@ def test_truncated_captions_are_a_warning(config: TrainConfig, caplog: pytest.Lo
     with caplog.at_level("WARNING"):
         prepare(config, long)
     assert "2 images have captions of more than 77 tokens (icon-1.png the first)" in caplog.text
+
+
+def test_embeddings_that_overflow_name_the_caption_and_the_precision(config: TrainConfig, sdxl: Sdxl) -> None:
+    encoder = sdxl.pipeline.text_encoder_2.half()
+    encoder.text_model.final_layer_norm.weight.data.fill_(6e4)
+    with pytest.raises(RunError, match=r"'an icon of thing 0'.*--mixed_precision"):
+        prepare(config, samples_of(config), load=lambda *_: sdxl)
 
 
 CAPTION = "TOK, 1girl, red hat, smile, tree, sky"

@@ -21,7 +21,7 @@ def test_each_part_leaves_its_figures(base: Path, tmp_path: Path) -> None:
     done = subprocess.run(["bash", str(SCRIPT), str(tmp_path)], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     found = {file.stem: json.loads(file.read_text(encoding="utf-8")) for file in tmp_path.glob("*.json")}
-    assert found.keys() == {"step_small", "layer_cost", "memory"}
+    assert found.keys() == {"step_small", "layer_cost", "memory", "memory_lora"}
     assert all(figures["versions"] and figures["device"] and figures["date"] for figures in found.values())
     assert found["memory"]["steps"] == 2
     (subject,) = (value for name, value in found["step_small"].items() if name.startswith("whole base"))

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from tiny_models import Case, loss_and_gradients, normal, seeded
-from torch import nn
+from tiny_models import Case, loss_and_gradients, normal, seeded, unet_case
+from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from flatlora_diffusion import FlatLora
@@ -50,3 +50,17 @@ def test_full_draws_break_the_graph_a_few_times_a_layer(case: Case) -> None:
     with flat.perturb(1):
         report = torch._dynamo.explain(case.predict)(case.model)
     assert 0 < report.graph_break_count <= BREAKS_PER_LAYER * LAYERS
+
+
+@pytest.mark.long
+def test_a_unet_and_its_loss_are_one_graph_under_low_rank_draws() -> None:
+    case = unet_case()
+    flat = FlatLora(case.model, schedule="constant", draw="low_rank")
+    torch._dynamo.reset()
+
+    def loss(model: nn.Module) -> Tensor:
+        return nn.functional.mse_loss(case.predict(model).float(), case.target)
+
+    with flat.perturb(1):
+        perturbed = torch._dynamo.explain(loss)(case.model)
+    assert (perturbed.graph_count, perturbed.graph_break_count) == (1, 0), perturbed.break_reasons

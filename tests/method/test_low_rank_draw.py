@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections import Counter
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ from lora_by_hand import add_to_base, all_noise, distance, lora_layers, merged_w
 from peft import get_peft_model
 from tiny_models import Adapter, Case, loss_and_gradients, normal, randomize_adapters, seeded, toy_case, unet_case
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from flatlora_diffusion import FlatLora
 from flatlora_diffusion.config import AdapterConfig, ModelConfig
@@ -89,6 +91,47 @@ def test_a_perturbed_pass_has_no_matrix_product_more_than_plain_lora() -> None:
     names = ("aten::mm", "aten::addmm", "aten::addmm_", "aten::bmm")
     assert sum(ours[name] for name in names) == sum(plain[name] for name in names) > 0
     assert not {"aten::normal_", "aten::randn"} & {name for name in ours if ours[name] > plain[name]}
+
+
+def test_large_inputs_in_fp16_do_not_overflow_in_the_branch() -> None:
+    with seeded(0):
+        model = get_peft_model(nn.Sequential(nn.Linear(1600, 8)), Adapter(rank=16).config(("0",)))
+    x = normal(1, 5, 1600) * 2000
+    half = copy.deepcopy(model).half()
+    with low_rank(model).perturb(0), low_rank(half).perturb(0):
+        exact, rounded = model(x), half(x.half())
+    assert (rounded - exact).norm() < 0.01 * exact.norm()
+
+
+class Casts(TorchDispatchMode):
+    """The dtypes that tensors of a shape are cast to."""
+
+    def __init__(self, shape: torch.Size) -> None:
+        super().__init__()
+        self.shape, self.dtypes = shape, list[torch.dtype]()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        output = func(*args, **(kwargs or {}))
+        if func is torch.ops.aten._to_copy.default and output.shape == self.shape:
+            self.dtypes.append(output.dtype)
+        return output
+
+
+def test_under_autocast_an_input_in_fp32_and_its_gradient_are_cast_once() -> None:
+    """PEFT casts both twice, for the base layer and for A: the outputs of SDXL's LayerNorms."""
+    case = one_layer_case()
+    layer: Any = lora_layers(case.model)["0"]
+    layer.get_base_layer().bfloat16()
+    flat, counted = low_rank(case.model), []
+    for is_perturbed in (True, False):
+        x = normal(1, 2, 7, 6).requires_grad_() * 1  # of a leaf autocast would keep the cast
+        with flat.perturb(0), Casts(x.shape) as casts:
+            with nullcontext() if is_perturbed else flat.disabled(), torch.autocast("cpu", torch.bfloat16):
+                output = case.model(x)
+            output.float().sum().backward()
+        counted.append(Counter(casts.dtypes))
+    assert counted[0] == {torch.bfloat16: 1, torch.float32: 1}
+    assert counted[1] == {torch.bfloat16: 2, torch.float32: 2}
 
 
 @pytest.mark.parametrize("adapter", [Adapter(), Adapter(dropout=0.2)], ids=["in the branch", "beside it"])

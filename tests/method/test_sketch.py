@@ -182,3 +182,36 @@ def gradient_of(state: TrainState, drawn: list[Any]) -> Tensor:
 
 def flat(tensors: Any) -> Tensor:
     return torch.cat([tensor.flatten() for tensor in tensors])
+
+
+@pytest.fixture
+def wide() -> tuple[WeightGradientHook, Tensor, Tensor]:
+    """A layer of 1,600 inputs, and x and dL/d(output) of 64 tokens with a main direction, as gradients have."""
+    with seeded(0):
+        model = get_peft_model(nn.Sequential(nn.Linear(1600, 640)), Adapter().config(("0",)))
+    x, slopes = (normal(seed, 64, 3) @ normal(seed + 1, 3, size) for seed, size in ((1, 1600), (3, 640)))
+    return WeightGradientHook([model]), x, slopes
+
+
+def test_large_inputs_in_fp16_do_not_overflow_in_the_sketch(wide: tuple[WeightGradientHook, Tensor, Tensor]) -> None:
+    hook, x, slopes = wide
+    x = x / x.abs().max() * 6e3
+    sketches = Sketches(0, 0)
+    sketches.add(hook.layers[0], x.half(), slopes.half())
+    factors = sketches.factors(hook.layers[0])
+    assert factors is not None
+    whole = slopes.T @ x
+    assert (factors[1] @ factors[0] - whole).norm() < 0.01 * whole.norm()
+
+
+def test_a_small_eps_of_sam_is_not_lost_to_the_range_of_fp16(wide: tuple[WeightGradientHook, Tensor, Tensor]) -> None:
+    """A rho of 0.001 over the 560 layers of SDXL gives a layer an eps of this length."""
+    hook, x, slopes = wide
+    sketches = Sketches(0, 0)
+    sketches.add(hook.layers[0], x, slopes)
+    sketches.scale(0.001 / 560**0.5 / sketches.norm())
+    factors = sketches.factors(hook.layers[0])
+    assert factors is not None
+    exact, rounded = factors[1] @ factors[0], factors[1].half().float() @ factors[0].half().float()
+    assert exact.norm() == pytest.approx(0.001 / 560**0.5, rel=1e-3)
+    assert (rounded - exact).norm() < 0.005 * exact.norm()

@@ -21,7 +21,7 @@ from PIL import Image, ImageFont
 from safetensors.torch import load_file, save_file
 
 from flatlora_diffusion.commands.command_line import main
-from flatlora_diffusion.config import ConfigError, GenerateConfig, ModelConfig
+from flatlora_diffusion.config import ConfigError, GenerateConfig, ModelConfig, RunError
 from flatlora_diffusion.gallery.gallery import LoraRow, generate
 from flatlora_diffusion.gallery.grid import labelled_grid, wrapped
 from flatlora_diffusion.lora_files.loading import lora_scale, loras_loaded
@@ -307,6 +307,30 @@ def test_an_image_is_the_same_alone_and_among_others_and_alike_in_all_precisions
     model = ModelConfig(pretrained_model_name_or_path=str(base))
     half = load_sdxl(model, torch.device("cpu"), torch.bfloat16)
     assert distance(plain(half), plain(sdxl)) < distance(plain(sdxl, seed=1), plain(sdxl)) / 2
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize(("part", "remedy"), [("unet", "--learning_rate"), ("vae", "--pretrained_vae_model")])
+def test_an_image_that_is_not_finite_is_black_and_told_with_its_prompt(
+    sdxl: Sdxl, caplog: pytest.LogCaptureFixture, part: str, remedy: str, value: float
+) -> None:
+    model = sdxl.unet.conv_out if part == "unet" else sdxl.vae.decoder
+    with model.register_forward_hook(lambda _module, _inputs, output: output * value):
+        (image,) = generate_images(sdxl, ["a fox"], [0], 32, steps=2)
+        assert "'a fox'" in caplog.text
+        assert "float32" in caplog.text
+        assert remedy in caplog.text
+        assert not np.asarray(image).any()
+        with pytest.raises(RunError, match=f"'a fox'.*{remedy}"):
+            generate_images(sdxl, ["a fox"], [0], 32, steps=2, must_be_finite=True)
+
+
+def test_a_unet_that_overflows_in_fp16_is_told_another_precision(base: Path, caplog: pytest.LogCaptureFixture) -> None:
+    config = ModelConfig(pretrained_model_name_or_path=str(base))
+    sdxl = load_sdxl(config, torch.device("cpu"), torch.float16)
+    sdxl.unet.conv_out.register_forward_hook(lambda _module, _inputs, output: output * 1e6)
+    generate_images(sdxl, ["a fox"], [0], 32, steps=2)
+    assert "float16: give another --mixed_precision, for class images --prior_generation_precision" in caplog.text
 
 
 def test_a_negative_prompt_counts(sdxl: Sdxl) -> None:

@@ -19,13 +19,14 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from flatlora_diffusion.adapter.lora import trainable_parameters
-from flatlora_diffusion.config import ConfigError, RunError, TrainConfig
+from flatlora_diffusion.config import ConfigError, RunError, TrainConfig, for_method
 from flatlora_diffusion.data.dataset import load_samples
 from flatlora_diffusion.data.epochs import steps_per_epoch
 from flatlora_diffusion.lora_files.diffusers_file import LORA_FILE
 from flatlora_diffusion.method.flat_lora import FlatLora
+from flatlora_diffusion.method.rivals import sam
 from flatlora_diffusion.storage.run_dir import RunDir
-from flatlora_diffusion.training import micro_batches
+from flatlora_diffusion.training import micro_batches, state as state_module
 from flatlora_diffusion.training.checkpoint import load_state, save_state
 from flatlora_diffusion.training.state import TrainState, prepare, seeded_dropout
 from flatlora_diffusion.training.trainer import train, train_step
@@ -344,6 +345,43 @@ def test_a_step_that_the_scaler_of_fp16_leaves_out_moves_no_weight_and_no_averag
     after = [*state.trainable.values(), *state.ema.shadow_params]
     assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
     assert state.ema.optimization_step == taken == 2
+
+
+def test_the_events_tell_the_loss_scale_of_fp16_and_the_steps_it_leaves_out(
+    config: TrainConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain, make = micro_batches.diffusion_loss, state_module._accelerator
+
+    def with_scaler(config: TrainConfig) -> Any:
+        accelerator = make(config)
+        accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+        return accelerator
+
+    def overflowing(*given: Any) -> Tensor:
+        loss = plain(*given)
+        loss.register_hook(lambda slope: slope * float("inf") if float(slope) > 2 else slope)
+        return loss
+
+    monkeypatch.setattr(state_module, "_accelerator", with_scaler)
+    monkeypatch.setattr(micro_batches, "diffusion_loss", overflowing)
+    train(config.replace(optimizer="adafactor", report_to="none"))  # AdamW's fused kernel leaves steps out itself
+    events = [event for event in RunDir(Path(config.run.output_dir)).events() if event["event"] == "step"]
+    assert [event["loss_scale"] for event in events] == [4, 2, 2, 2]
+    assert [event["is_skipped"] for event in events] == [True, False, False, False]
+
+
+def test_a_step_of_sam_that_cannot_ascend_is_told_once(
+    config: TrainConfig, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(sam, "_can_ascend", lambda length: False)
+    state = prepare(
+        config.replace(**for_method("sam"), rho=0.05, rho_rise=None),
+        load_samples(Path(str(config.data.instance_data_dir))).samples,
+    )
+    for step in range(2):
+        train_step(state, step)
+    assert caplog.text.count("method=sam: ") == 1
+    assert "step 0" in caplog.text
 
 
 def test_the_scaler_of_fp16_goes_on_in_a_resumed_run(config: TrainConfig, tmp_path: Path) -> None:

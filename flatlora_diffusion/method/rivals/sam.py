@@ -9,6 +9,7 @@ unperturbed weights.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -83,7 +84,9 @@ class Sam(WeightGradientHook, StepGradient):
 
     def compute(self, step: int, micro_batches: Iterable[MicroBatch]) -> list[Tensor]:
         batches, self.ascent = list(micro_batches), None
-        with self.recording(Sketches(self._seed, step)) as sketches:
+        sketches = Sketches(self._seed, step)
+        sketches.sample_projections(self.layers)
+        with self.recording(sketches):
             losses = [batch.backward(is_shared=False) for batch in batches]
         sketches.average()
         length = sketches.norm()
@@ -125,4 +128,4 @@ def _zero_grads(parameters: Iterable[nn.Parameter]) -> None:
 
 def _can_ascend(length: Tensor) -> bool:
     """Whether the gradient has a direction. The training loop handles a gradient that is not finite."""
-    return bool(length.isfinite() and length > 0)
+    return 0 < float(length) < math.inf  # read once, because each read waits for the device

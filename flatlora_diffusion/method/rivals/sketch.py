@@ -1,6 +1,6 @@
 """A low-rank sketch of the gradient dL/dW of each adapted layer, its component in SKETCH_RANK main directions.
 
-With a layer's inputs X (t, n) and dL/d(output) Y (t, m), so that G = dL/dW = Y^T X, and P (n, k) of N(0, 1), the
+With a layer's inputs X (t, n) and dL/d(output) Y (t, m), so that G = dL/dW = Y^T X, and a normal random P (n, k), the
 randomized range finder of arXiv:0909.4061 gives
 
     Q = orth(G P) = orth(Y^T (X P)),   R = Q^T G = (Y Q)^T X,   sketch = Q R
@@ -11,6 +11,8 @@ micro-batches or processes) is the sketch of the sum of their sketches.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
@@ -26,6 +28,9 @@ from flatlora_diffusion.method.rivals.weight_gradients import (
     weight_gradient,
 )
 from flatlora_diffusion.storage.rng import generator
+
+# Powers of two, which change no bit in fp32 and bf16, keep fp16 in its range: X P from overflow, eps from underflow.
+_SHIFT = 2.0**6
 
 SKETCH_RANK = 8  # k; on the tiny base SAM's gradient has a cosine of at least 0.99 with that of the full G
 
@@ -44,6 +49,11 @@ class Sketches:
         self._seed, self._step = seed, step
         self._pairs: dict[AdaptedLayer, _Pair] = {}
         self._projections: dict[tuple[int, torch.device], Tensor] = {}
+
+    def sample_projections(self, layers: Iterable[AdaptedLayer]) -> None:
+        """Sample P of all layers before the passes: a copy to the device inside backward would wait for the device."""
+        for layer in layers:
+            self._projection(layer.inputs, layer.base.weight.device)
 
     def add(self, layer: AdaptedLayer, x: Tensor, output_grad: Tensor) -> None:
         """Add the gradient of a call of `layer`; see `GradientSink`."""
@@ -73,9 +83,10 @@ class Sketches:
         return norm(down for _, down in self._pairs.values())
 
     def scale(self, factor: Tensor) -> None:
-        """Multiply the sketches by `factor`, in place."""
-        for _, down in self._pairs.values():
-            down *= factor
+        """Multiply the sketches by `factor`, in place, with entries of similar size in both of their factors."""
+        for up, down in self._pairs.values():
+            up /= _SHIFT
+            down *= factor * _SHIFT
 
     def factors(self, layer: AdaptedLayer) -> tuple[Tensor, Tensor] | None:
         """Return R (k, n) and Q (m, k); None if no gradient of the layer was recorded."""
@@ -94,11 +105,15 @@ class Sketches:
         return _Pair(up, down)
 
     def _projection(self, inputs: int, device: torch.device) -> Tensor:
-        """Return P^T (k, n), sampled on the CPU, so that a seed gives the same P on every device."""
+        """Return P^T (k, n), sampled on the CPU, so that a seed gives the same P on every device.
+
+        Its length, which Q does not depend on, is such that X P has entries of the size of those of X.
+        """
         key = inputs, device
         if key not in self._projections:
             rng = generator("cpu", self._seed, "sketch of slopes", inputs, self._step)
-            self._projections[key] = torch.randn(SKETCH_RANK, inputs, generator=rng).to(device)
+            sample = torch.randn(SKETCH_RANK, inputs, generator=rng)
+            self._projections[key] = (sample * 2.0 ** -round(math.log2(inputs) / 2)).to(device)
         return self._projections[key]
 
 
