@@ -130,16 +130,18 @@ def result(uses: Uses, groups: int) -> dict[str, Any]:
     rows = []
     for group in range(groups):
         for name in SUBJECTS:
-            found = {use: _by_icon(losses) for use, losses in uses.rows(ALL[name], group).items()}
-            rows.append({"subject": name, "group": group, "losses": found})
-            means = {use: round(sum(values) / len(values)) for use, values in found.items()}
+            measured = uses.rows(ALL[name], group)
+            losses = {use: _by_icon(of_use) for use, of_use in measured.items()}
+            rows.append({"subject": name, "group": group, "losses": losses})
+            means = {use: round(float(of_use.mean()) / UNIT) for use, of_use in measured.items()}
             print(f"group {group}, {name}: {means}", flush=True)
     base = {str(group): {use: _by_icon(losses) for use, losses in uses.base(group).items()} for group in range(groups)}
     return {"list": LIST, "base": base, "rows": rows}
 
 
-def _by_icon(losses: Tensor) -> list[float]:
-    return [round(float(value) / UNIT, 1) for value in losses.mean(dim=1)]
+def _by_icon(losses: Tensor) -> str:
+    """The mean over draws of each icon, joined by blanks, as indented JSON is large."""
+    return " ".join(f"{float(value) / UNIT:.1f}" for value in losses.mean(dim=1))
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

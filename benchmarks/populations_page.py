@@ -264,8 +264,10 @@ def uses_section(data: Mapping[str, Any]) -> str:
     return "\n".join(["## In use", "", about, "", *table(head, rows)])
 
 
-def _less(one: Sequence[float], other: Sequence[float]) -> list[float]:
-    return [a - b for a, b in zip(one, other, strict=True)]
+def _less(minuend: str, subtrahend: str) -> list[float]:
+    """The differences of two losses, icon by icon."""
+    values: list[float] = (_numbers(minuend) - _numbers(subtrahend)).ravel().tolist()
+    return values
 
 
 def _numbers(text: str) -> np.ndarray:

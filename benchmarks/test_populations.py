@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from benchmarks.populations_page import (
     FORGETTING,
     PAGE,
     POPULATIONS,
+    USES_FILE,
     Study,
     compared,
     equal_forgetting,
@@ -83,6 +85,16 @@ def test_dora_is_better_in_every_population_as_the_guide_says(study: Study) -> N
     dora, _ = compared(study, "DoRA", study.groups("DoRA"))
     assert all(interval(dora[name].equal)[1] < 0 for name in POPULATIONS)
     assert "had a lower loss than LoRA on every population" in " ".join(CHOOSING.read_text(encoding="utf-8").split())
+
+
+def test_an_average_loses_less_beside_another_style_as_the_guide_says() -> None:
+    table = uses_section(json.loads(USES_FILE.read_text(encoding="utf-8")))
+    assert table in PAGE.read_text(encoding="utf-8")
+    (row,) = (line for line in table.splitlines() if line.startswith("| beside"))
+    _, _, _, of_lora, of_average, *_ = (cell.strip() for cell in row.split("|"))
+    assert of_lora.startswith("+")
+    assert of_average.startswith("**\N{MINUS SIGN}"), "bold: differs from 0 after Holm's correction"
+    assert "loses less beside a LoRA of another style" in " ".join(CHOOSING.read_text(encoding="utf-8").split())
 
 
 def test_two_members_give_about_70_percent_of_three_as_the_guide_says(study: Study) -> None:
@@ -188,10 +200,10 @@ def test_a_base_in_few_bits_is_whole_again_afterwards() -> None:
 
 def test_the_price_of_a_use_is_its_loss_less_that_without_it() -> None:
     """The base loses 3 more in each number of bits, LoRA 5 in each use and the average 2 less than LoRA."""
-    losses = {name: {ALONE: [10.0, 20.0], ALONE_IN_BOTH: [10.0, 20.0]} for name in ("lora", "average of 3")}
+    losses = {name: {ALONE: "10.0 20.0", ALONE_IN_BOTH: "10.0 20.0"} for name in ("lora", "average of 3")}
     for name, rise in (("lora", 5.0), ("average of 3", 3.0)):
-        losses[name] |= {use: [10 + rise, 20 + rise] for use in USES}
-    base = {use: [13.0, 23.0] for use in BITS} | {ALONE: [10.0, 20.0]}
+        losses[name] |= {use: f"{10 + rise} {20 + rise}" for use in USES}
+    base = dict.fromkeys(BITS, "13.0 23.0") | {ALONE: "10.0 20.0"}
     rows = [{"subject": name, "group": group, "losses": of} for name, of in losses.items() for group in (0, 1)]
     page = uses_section({"list": "known 200", "base": {"0": base, "1": base}, "rows": rows})
     table = [line for line in page.splitlines() if line.startswith(("| base in", "| cut", "| beside"))]
