@@ -26,6 +26,8 @@ from flatlora_diffusion.config import (
 from flatlora_diffusion.storage.run_dir import RunDir
 from flatlora_diffusion.storage.saved_config import expand_paths, is_truncated_path
 
+Options = TypeVar("Options", bound=CompareConfig)
+
 
 @dataclass(frozen=True)
 class Sources(Section):
@@ -101,9 +103,6 @@ def parse_training(arguments: Sequence[str]) -> tuple[TrainConfig, WorkersConfig
     if workers.trains_at_once and config.average.members is None:
         raise ConfigError("--workers and --cluster train --members in parallel; give --members 3, or omit them")
     return config, workers
-
-
-Options = TypeVar("Options", bound=CompareConfig)
 
 
 def parse_comparison(

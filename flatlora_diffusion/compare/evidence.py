@@ -24,6 +24,7 @@ from flatlora_diffusion.compare.inputs import free_gpu_memory
 from flatlora_diffusion.compare.plan_lines import expected_seconds
 from flatlora_diffusion.compare.timing import duration_text
 from flatlora_diffusion.config import TINY, CompareConfig, EvidenceConfig, TrainConfig, choices_of, setting_hints
+from flatlora_diffusion.sdxl.device import has_bf16
 from flatlora_diffusion.storage.atomic_io import write_json
 from flatlora_diffusion.storage.run_dir import RunDir
 from flatlora_diffusion.storage.versions import PROGRAM, __version__
@@ -53,7 +54,7 @@ def evidence(config: TrainConfig, options: EvidenceConfig, parts: Sequence[Part]
     if note:
         logger.info("%s", note)
     for number, part in enumerate(parts, 1):
-        comparison = _options_of(part, options)
+        comparison = options_of(part, options)
         if number > 1 and options.hours is not None:
             needed = expected_seconds(read_experiment(config, comparison))
             left = 3600 * options.hours - (time.monotonic() - start_time)
@@ -76,14 +77,14 @@ def settings_for_gpu(config: TrainConfig, gpu: Literal["t4"] | None, is_rehearsa
     A given `mixed_precision` wins. A rehearsal without a GPU is for a T4.
     """
     has_gpu = torch.cuda.is_available()
-    has_bf16 = has_gpu and torch.cuda.is_bf16_supported(including_emulation=False)
-    is_t4 = gpu == "t4" or (not has_bf16 and (has_gpu or is_rehearsal))
-    default = "fp16" if is_t4 and (has_gpu or is_rehearsal) else "bf16" if has_bf16 else None
+    computes_bf16 = has_gpu and has_bf16(torch.device("cuda"))
+    is_t4 = gpu == "t4" or (not computes_bf16 and (has_gpu or is_rehearsal))
+    default = ("fp16" if is_t4 else "bf16") if has_gpu or is_rehearsal else None
     precision = config.optim.mixed_precision or default
     return config.replace(mixed_precision=precision, offload=config.model.offload or is_t4)
 
 
-def _options_of(part: Part, options: EvidenceConfig) -> CompareConfig:
+def options_of(part: Part, options: EvidenceConfig) -> CompareConfig:
     """The settings of `compare` for a part, whose arms, seeds and controls replace those of `options`."""
     values = {field.name: getattr(options, field.name) for field in fields(CompareConfig)}
     return CompareConfig(**{**values, "arms": part.arms, "num_seeds": part.num_seeds, "controls": part.controls})

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from flatlora_diffusion.config import ConfigError
 from flatlora_diffusion.storage.versions import PROGRAM
@@ -46,9 +47,9 @@ def read_evidence(file: Path) -> dict[str, Any]:
     if size > MAX_BYTES:
         raise ConfigError(f"{file.name} has {size} bytes; an evidence.json has at most {MAX_BYTES}")
     try:
-        content = json.loads(file.read_text(encoding="utf-8"), parse_constant=_refuse_constant)
+        content = json.loads(file.read_text(encoding="utf-8"), parse_constant=_finite, parse_float=_finite)
     except (ValueError, RecursionError) as error:
-        raise ConfigError(f"{file.name} is damaged or cut, ask for the whole file: {error}") from error
+        raise ConfigError(f"{file.name} is damaged or cut; ask for the whole file: {error}") from error
     if not isinstance(content, dict) or content.get("program") != PROGRAM:
         raise ConfigError(f"{file.name} is not of `flatlora evidence`: its program must be {PROGRAM!r}")
     if content.get("schema") != SCHEMA:
@@ -96,8 +97,12 @@ def _difference(content: dict[str, Any], arm: str) -> str:
     return ""
 
 
-def _refuse_constant(name: str) -> NoReturn:
-    raise ValueError(f"it has the number {name}")
+def _finite(text: str) -> float:
+    """Read a number of JSON, or one of the words NaN and Infinity, which Python's JSON may have."""
+    number = float(text)
+    if not math.isfinite(number):
+        raise ValueError(f"it has the number {text}")
+    return number
 
 
 def _texts(value: Any, place: str) -> Iterator[tuple[str, str]]:

@@ -41,15 +41,12 @@ def phases(config: TrainConfig, options: EvidenceConfig, parts: Sequence[Part]) 
     for key in dict.fromkeys(arm for part in parts for arm in part.arms):
         arm = parse_arm(key)
         (planned,) = plan_runs(config, [arm], [0], options.num_checkpoints)
-        run_config = planned.config.replace(members=None, average_rank=None, remove_members=False)
-        estimate = estimate_memory(run_config)
-        step = sum(estimate.parts.values())
+        estimate = estimate_memory(planned.config)
         if not table:
             cpu = waiting + PROCESS_BYTES + loading
             table.append(Phase("loading and encoding", CONTEXT_BYTES + estimate.encoding, cpu))
-        if "members" not in arm.changes:  # a member trains as its arm does
-            cpu = waiting + PROCESS_BYTES + training
-            table.append(Phase(f"training steps, {arm.name}", CONTEXT_BYTES + step, cpu))
+        step, cpu = sum(estimate.parts.values()), waiting + PROCESS_BYTES + training
+        table.append(Phase(f"training steps, {arm.name}", CONTEXT_BYTES + step, cpu))
     drawing = estimate_memory(config.replace(offload=False, validation_prompt="a prompt"))
     table.append(Phase("drawing and measuring", drawing.previews, waiting + loading))
     return table
