@@ -31,7 +31,6 @@ class CpuEstimate:
         offloaded: the models that --offload keeps on the CPU.
         latents, prompts: cached latents and prompt embeddings.
         mapped: part of `loading` that is mapped from files in the run's precision: the system can drop these pages.
-            Loading 6.5 GiB in their own precision with diffusers 0.42 took 0.6 GiB of other memory.
     """
 
     loading: int

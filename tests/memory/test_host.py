@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors.torch import save_file
 from tiny_runs import samples_of
 from torch import Tensor, nn
@@ -39,6 +43,43 @@ def test_loading_holds_the_weights_and_the_largest_file_that_is_cast(config: Tra
     folder = Path(config.model.pretrained_model_name_or_path)
     files = {part: sum(file.stat().st_size for file in (folder / part).glob("*.safetensors")) for part in PARTS}
     assert halved.loading == half + max(files[part] for part in PARTS if part != "vae")
+
+
+LOAD = """
+import sys
+from pathlib import Path
+import torch
+from flatlora_diffusion.config import ModelConfig
+from flatlora_diffusion.sdxl.loading import load_pipeline
+
+def anonymous():
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(1024 * int(line.split()[1]) for line in lines if line.startswith("RssAnon"))
+
+small, large, dtype = sys.argv[1], sys.argv[2], getattr(torch, sys.argv[3])
+load_pipeline(ModelConfig(pretrained_model_name_or_path=small), torch.device("cpu"), dtype)  # imports the rest
+before = anonymous()
+pipeline = load_pipeline(ModelConfig(pretrained_model_name_or_path=large), torch.device("cpu"), dtype)
+print(anonymous() - before)
+"""
+
+
+@pytest.mark.long
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+def test_a_file_in_the_precision_of_the_run_is_mapped_and_not_copied(base: Path, sdxl: Sdxl, tmp_path: Path) -> None:
+    unet = type(sdxl.unet).from_config({**sdxl.unet.config, "block_out_channels": (128, 256, 512)})
+    folder = tmp_path / "large"
+    shutil.copytree(base, folder)
+    shutil.rmtree(folder / "unet")
+    unet.to(torch.bfloat16).save_pretrained(folder / "unet")
+    size_of_file = sum(file.stat().st_size for file in (folder / "unet").glob("*.safetensors"))
+    assert size_of_file > 50e6
+    taken = {}
+    for dtype in ("bfloat16", "float32"):
+        command = [sys.executable, "-c", LOAD, str(base), str(folder), dtype]
+        taken[dtype] = int(subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[-1])
+    assert taken["bfloat16"] < 0.3 * size_of_file
+    assert taken["float32"] > 1.7 * size_of_file, "cast to twice the width"
 
 
 def test_of_a_single_file_all_that_is_cast_is_held(config: TrainConfig, sdxl: Sdxl, tmp_path: Path) -> None:
