@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from patience import HANGS
 from PIL import Image
 
 from flatlora_diffusion.commands.command_line import main
@@ -64,7 +65,7 @@ def test_the_notebook_runs_from_top_to_bottom(base: Path, icons: Path, tmp_path:
     own = [*arguments(base, icons, tmp_path), "--arms", "lora", "flat-lora", "--no_controls"]
     own += ["--mixed_precision", "bf16"]
     parameters.source += f"\nARGUMENTS = {own!r}"
-    NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(tmp_path)}}).execute()
+    NotebookClient(notebook, timeout=int(HANGS), resources={"metadata": {"path": str(tmp_path)}}).execute()
     printed = [output.get("text", "") for cell in notebook.cells for output in cell.get("outputs", [])]
     assert any("GPU memory" in text for text in printed)
     assert printed[-1].startswith("| ")
