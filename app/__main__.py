@@ -61,9 +61,12 @@ def make_guard(settings: AppSettings) -> Guard:
         list(map(Path, settings.private)),
         UploadLimit(kept / "uploads"),
         None if settings.login is None else is_logged_in,
+        takes_uploads=not settings.read_only,
     )
     for host in settings.allowed_host:
         guard.allow_host(host)
+    for site in settings.framing_site:
+        guard.allow_framing(site)
     return guard
 
 

@@ -13,6 +13,7 @@ from typing import Any, NoReturn
 from flatlora_diffusion.config import ConfigError, Section, setting
 
 AUTH_VARIABLE = "FLATLORA_AUTH"
+_SITE = re.compile(r"https?://[A-Za-z0-9._-]+(:\d{1,5})?")
 _HOST_NAME = re.compile(r"(\[[0-9a-fA-F:.]+\]|[A-Za-z0-9._-]+)(:\d{1,5})?")
 _OWN_NAMES = ("127.0.0.1", "localhost", "[::1]")  # they always mean the computer that the browser is on
 
@@ -51,24 +52,44 @@ class AppSettings(Section):
         "Without one: uploads, samples and the runs folder",
     )
 
+    read_only: bool = setting(
+        False,
+        "show the runs that are there, to compare, vote on and download, and nothing else: no training, measuring, "
+        "upload, import, change or deletion. Needs no login to be open to others",
+    )
+    framing_site: tuple[str, ...] = setting(
+        (), "site that may show the app inside of its pages, such as https://huggingface.co; repeated for more"
+    )
+
     def __post_init__(self) -> None:
-        """Raises ConfigError for an invalid login, and for a public app without a login."""
+        """Raises ConfigError for an invalid login or place, and for a public app without a login."""
         super().__post_init__()
+        self._check_login()
+        self._check_places()
+
+    def _check_login(self) -> None:
         if self.auth is not None and not all(self.auth.partition(":")[::2]):
             raise ConfigError("auth must be user:password, with neither of them empty")
         if self.share and self.auth is None:
             raise ConfigError(
                 f"--share lets everyone with the link in; set a login with {AUTH_VARIABLE}=user:password or --auth"
             )
-        if self.auth is None and not _is_local(self.host):
+        if self.auth is None and not self.read_only and not _is_local(self.host):
             raise ConfigError(
                 f"host={self.host!r} lets others in this network in; set a login with {AUTH_VARIABLE}=user:password "
-                "or --auth, or leave --host out"
+                "or --auth, let them only look with --read_only, or leave --host out"
             )
+
+    def _check_places(self) -> None:
         for host in self.allowed_host:
             if not _HOST_NAME.fullmatch(host):
                 raise ConfigError(
                     f"allowed_host={host!r} must be a name or address with or without a port, such as my-box:7860"
+                )
+        for site in self.framing_site:
+            if not _SITE.fullmatch(site):
+                raise ConfigError(
+                    f"framing_site={site!r} must be http:// or https:// and a name, such as https://huggingface.co"
                 )
         for proxy in self.behind_proxy:
             if not _is_network(proxy):

@@ -57,14 +57,16 @@ class RunningApp:
     """`python -m app ARGUMENTS` as a process of its own, on a free port, with the runs folder `runs`.
 
     is_program: start Python itself; otherwise the process is a copy of a loaded one where the system can fork.
+    script: a program of another folder in place of `-m app`, started there.
     """
 
-    def __init__(self, runs: Path, *arguments: str, is_program: bool = False) -> None:
+    def __init__(self, runs: Path, *arguments: str, is_program: bool = False, script: Path | None = None) -> None:
         self.runs = runs
         self._arguments = arguments
         self.port = _free_port()
         self.url = f"http://127.0.0.1:{self.port}/"
-        self._is_program = is_program or not CAN_FORK
+        self._is_program = is_program or script is not None or not CAN_FORK
+        self._script = script
         self._process: subprocess.Popen[str] | ForkedApp | None = None
         self._log = Path(tempfile.mkdtemp()) / "app.log"
 
@@ -74,9 +76,13 @@ class RunningApp:
         arguments = [*place, *self._arguments]
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
         if self._is_program:
-            command = [sys.executable, "-m", "app", *arguments]
+            program, folder = ["-m", "app"], ROOT
+            if self._script is not None:
+                program, folder = [self._script.name], self._script.parent
+            command = [sys.executable, *program, *arguments]
             with self._log.open("a", encoding="utf-8") as log:
-                self._process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=log, text=True)
+                output: dict[str, Any] = {"stdout": log, "stderr": log, "text": True}
+                self._process = subprocess.Popen(command, cwd=folder, env=environment, **output)
         else:
             self._process = ForkedApp(arguments, environment, self._log)
         wait_until(lambda: _answers(self.port), self.is_running, self.printed)

@@ -114,7 +114,7 @@ def run_choices(arms: list[ComparedRun]) -> list[tuple[str, str]]:
 
 def _outputs(shown: Shown, last: Shown | None) -> tuple[Any, ...]:
     files = [gr.update(value=file and str(file), interactive=file is not None) for file in (shown.picture, shown.page)]
-    outputs = (shown.grid, shown.status, *files, gr.update(visible=shown.is_drawing))
+    outputs = (shown.grid, shown.status, *files, gr.update(visible=shown.can_stop))
     if last is not None:
         is_same = [now == before for now, before in zip(astuple(shown), astuple(last), strict=True)]
         outputs = tuple(gr.skip() if same else one for same, one in zip(is_same, outputs, strict=True))
@@ -158,7 +158,10 @@ def _build_side_by_side(
                     _PRECISIONS, value=AUTOMATIC, label="Precision", info="Default: fp16 on a GPU, fp32 on a CPU."
                 )
                 goes_first = gr.Checkbox(
-                    False, label="Do not wait", info="Pauses a running training, which is resumed afterwards."
+                    False,
+                    label="Do not wait",
+                    info="Pauses a running training, which is resumed afterwards.",
+                    visible=not view.context.settings.read_only,
                 )
         with gr.Column(scale=5, min_width=800):
             with gr.Row():
@@ -208,7 +211,8 @@ def _build_side_by_side(
 
     rows.change(_show_strengths, rows, [one_strength, strengths], **quiet)
     draw_button.click(on_draw, [goes_first, *form], outputs, api_name="compare_draw", preprocess=False)
-    stop.click(on_stop, [last, *form], outputs, **quiet)
+    if not view.context.settings.read_only:
+        stop.click(on_stop, [last, *form], outputs, **quiet)
 
     def on_tick(known: list[str] | None, last: Shown | None, *values: Any) -> tuple[Any, ...]:
         return *choices(view, known, values[0], values[1]), *refresh(view, last, *values)

@@ -28,7 +28,7 @@ from .comparison import (
 )
 from .export import save_grid, save_page
 from .grid import grid_page
-from .picture_cache import PRECISIONS, Picture, PictureCache, default_precision, orders_for
+from .picture_cache import PRECISIONS, DrawOrder, Picture, PictureCache, default_precision, orders_for
 
 BY_PROMPT, BY_STRENGTH, BY_CHECKPOINT = "prompts", "strengths", "checkpoints"
 PICTURES, TO_BASE, BETWEEN = "pictures", "to_base", "between"
@@ -36,6 +36,9 @@ _REFERENCES = {TO_BASE: 0, BETWEEN: 1}  # the column that the later ones are sho
 AUTOMATIC = "automatic"
 STRENGTHS, STEPS, GUIDANCES = (0.0, 1.5), (1, 100), (0.0, 15.0)  # from and to
 NO_RUNS = "Nothing to compare yet"
+# Of a read-only app, whose visitors nobody knows: a few minutes on two CPU cores for the tiny base.
+MAX_OPEN_STEPS = 4000  # denoising steps of all pictures that are not drawn yet
+MAX_LETTERS = 2000  # of the prompts
 WHAT_TO_DO = "Train a pair first on the Train tab; it shows up here when it has finished."
 
 
@@ -57,13 +60,18 @@ class Form:
 
 @dataclass(frozen=True)
 class Shown:
-    """The outputs on the page; `picture` and `page` are the exported files of a complete grid."""
+    """The outputs on the page.
+
+    Attributes:
+        picture: the exported file of a complete grid, as is `page`.
+        can_stop: whether the page offers to stop the drawing.
+    """
 
     grid: str
     status: str
     picture: Path | None = None
     page: Path | None = None
-    is_drawing: bool = False
+    can_stop: bool = False
 
 
 class CompareView:
@@ -106,15 +114,19 @@ class CompareView:
     def draw(self, form: Form, session: str, goes_first: bool = False) -> list[Job]:
         """Queue the pictures that are neither drawn nor queued, and return the new jobs.
 
-        With `goes_first`, a running training is paused for these jobs and for waiting jobs of the comparison.
+        With `goes_first`, a running training is paused for these jobs and for waiting jobs of the comparison; in a
+        read-only app all wait for their turn.
 
-        Raises ConfigError for wrong values.
+        Raises ConfigError for wrong values, and in a read-only app for more than MAX_OPEN_STEPS.
         """
         comparison = self.comparison(form)
         wanted = comparison.pictures()
         drawn = self.cache.find(wanted)
         coming = self._coming(wanted)
         missing = [one for one in wanted if one not in drawn and one not in coming]
+        if self.context.settings.read_only:
+            self._check_room(comparison, len(missing))
+            goes_first = False
         orders = orders_for(missing, comparison.drawing, comparison.files)
         commands = [(order.arguments(), order.about) for order in orders]
         queue = self.context.queue
@@ -152,7 +164,8 @@ class CompareView:
             return Shown(answered, "", picture, page)
         jobs = self._open_jobs(missing)
         if jobs:
-            return Shown(grid, self._progress(jobs, len(drawn), len(wanted)), is_drawing=True)
+            can_stop = not self.context.settings.read_only  # it may be the drawing of another visitor
+            return Shown(grid, self._progress(jobs, len(drawn), len(wanted)), can_stop=can_stop)
         return Shown(grid, self._why_missing(missing, len(wanted)))
 
     def drawn(self, comparison: Comparison) -> Mapping[Picture, Path]:
@@ -166,6 +179,20 @@ class CompareView:
 
     def _open_jobs(self, pictures: Sequence[Picture]) -> list[Job]:
         return [job for job in self.cache.jobs_for(pictures) if job.state in ("queued", "running")]
+
+    def _check_room(self, comparison: Comparison, missing: int) -> None:
+        """Raises ConfigError for a comparison that would keep the other visitors waiting for long."""
+        letters = sum(map(len, comparison.prompts))
+        if letters > MAX_LETTERS:
+            raise ConfigError(f"the prompts have {letters} letters; {MAX_LETTERS} at most are drawn on this page")
+        orders = filter(None, map(DrawOrder.of, self.context.queue.jobs("queued", "running")))
+        waiting = sum(len(order.pictures()) * order.drawing.steps for order in orders)
+        wanted = missing * comparison.steps
+        if missing and wanted + waiting > MAX_OPEN_STEPS:
+            raise ConfigError(
+                f"{missing} pictures of {comparison.steps} steps are {wanted} steps, and {waiting} wait already; this "
+                f"page takes {MAX_OPEN_STEPS} at a time, so choose fewer pictures or Steps, or draw in a few minutes"
+            )
 
     def _progress(self, jobs: Sequence[Job], done: int, count: int) -> str:
         running = next((job for job in jobs if job.state == "running"), None)

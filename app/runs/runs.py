@@ -222,7 +222,8 @@ class RunStore:
         folder = folder_of(self.folder, run_id)
         run, launch = RunDir(folder), self.paths.last_launch(run_id)
         settings = read_json(run.config_file) or ({} if launch is None else launch.settings())
-        progress = self.events(run_id).progress(settings.get("max_train_steps"))
+        steps, members = settings.get("max_train_steps"), settings.get("members") or 1
+        progress = self.events(run_id).progress(steps and steps * members)
         checkpoints = run.checkpoints() if folder.is_dir() else []
         files = RunFiles.of(folder, checkpoints)
         is_trained = self._trainers.is_training_in(folder)

@@ -180,20 +180,23 @@ def _imported_card(name: str, origin: Origin) -> str:
     )
 
 
-def build_runs_tab(
-    context: AppContext,
-    form: ConfigForm,
-    session: gr.BrowserState,
-    tabs: gr.Tabs,
-    train: TrainTab,
-    look_at_images: dict[str, Any],
-    selected: Callable[..., Any],
-) -> None:
+@dataclass(frozen=True)
+class CloneTarget:
+    """Where a run's settings and images go when it is cloned. `look_at_images`: the event that redraws the images."""
+
+    form: ConfigForm
+    session: gr.BrowserState
+    tabs: gr.Tabs
+    train: TrainTab
+    look_at_images: dict[str, Any]
+
+
+def build_runs_tab(context: AppContext, selected: Callable[..., Any], target: CloneTarget | None) -> None:
     """Build the tab into the open Blocks.
 
     Args:
-        look_at_images: the event that redraws the Dataset tab.
         selected: the event of this tab coming to the front.
+        target: None builds no event that changes, imports or trains anything.
     """
     with gr.Row():
         with gr.Column(scale=2, min_width=330):
@@ -203,12 +206,14 @@ def build_runs_tab(
             table = gr.HTML(NO_RUNS, css_template=RUNS_CSS, js_on_load=RUNS_SCRIPT, elem_id="runs", padding=False)
             storage = gr.HTML(padding=False)
             refresh_button = gr.Button("Refresh", size="sm")
-            import_button, import_form, import_status = _build_import(context)
+            with gr.Column(visible=target is not None):
+                imported = _build_import(context)
         with gr.Column(scale=3, min_width=330, elem_id="run-details"):
             chosen = gr.Dropdown([], label="Run", info="also by a click in the list")
             report = build_report()
-            parts = _build_details()
-    trash = build_trash()
+            parts = _build_details(is_changeable=target is not None)
+    with gr.Column(visible=target is not None):
+        trash = build_trash()
     redraw = {
         "fn": partial(refresh, context),
         "inputs": [chosen, words, order],
@@ -226,9 +231,12 @@ def build_runs_tab(
     table.click(_picked, None, [chosen], show_progress="hidden")
     gr.on([words.change, order.change], trigger_mode="always_last", show_progress="hidden", **private)
     chosen.change(partial(details, context), **described, api_name="run", preprocess=False)
-    imported = import_button.click(partial(take_lora, context), import_form, [import_status, chosen, import_form[0]])
-    imported.success(**private)
     connect_report(context, report, chosen)
+    if target is None:
+        return
+    import_button, import_form, import_status = imported
+    taken = import_button.click(partial(take_lora, context), import_form, [import_status, chosen, import_form[0]])
+    taken.success(**private)
     labels = [parts.outputs[name] for name in ("name", "tags", "note")]
     parts.save_button.click(partial(save_labels, context), [chosen, *labels], None).success(**private).success(
         partial(details, context), **described, api_visibility="private"
@@ -239,11 +247,17 @@ def build_runs_tab(
     restored = trash.restore_button.click(partial(undo, context), [trash.entries], [chosen])
     restored.success(**private).success(**as_now)
     connect_trash(context, trash, lambda event: event.success(**private))
-    cloned = [tabs, session, train.name, train.method, train.status, *form.components]
-    parts.outputs["clone"].click(partial(clone, context, form), [session, chosen], cloned).success(
-        **look_at_images
+    _connect_clone(context, parts, chosen, target)
+
+
+def _connect_clone(context: AppContext, parts: _DetailParts, chosen: gr.Dropdown, target: CloneTarget) -> None:
+    """Clone the run into the Train tab, or resume it there."""
+    form, train = target.form, target.train
+    cloned = [target.tabs, target.session, train.name, train.method, train.status, *form.components]
+    parts.outputs["clone"].click(partial(clone, context, form), [target.session, chosen], cloned).success(
+        **target.look_at_images
     ).success(**train.summary)
-    parts.outputs["resume"].click(partial(resume, context), [session, chosen], [tabs])
+    parts.outputs["resume"].click(partial(resume, context), [target.session, chosen], [target.tabs])
 
 
 @dataclass(frozen=True)
@@ -256,7 +270,7 @@ class _DetailParts:
     question: Confirmation
 
 
-def _build_details() -> _DetailParts:
+def _build_details(is_changeable: bool) -> _DetailParts:
     outputs: dict[str, Any] = {}
     with gr.Row():
         with gr.Column(min_width=280):
@@ -268,15 +282,16 @@ def _build_details() -> _DetailParts:
         with gr.Column(min_width=280):
             for kind, text in _DOWNLOADS.items():
                 outputs[kind] = gr.DownloadButton(text, interactive=False)
-            with gr.Row():
-                outputs["clone"] = gr.Button("Clone settings", size="sm", min_width=90)
-                outputs["resume"] = gr.Button("Resume", interactive=False, size="sm", min_width=90)
-                delete_button = gr.Button("Delete", variant="stop", size="sm", min_width=90, elem_id="delete-run")
-            question = build_confirmation("delete-run", "Yes, move it to the trash", "No, keep it")
-            outputs["name"] = gr.Textbox(label="Name")
-            outputs["tags"] = gr.Textbox(label="Tags, with commas")
-            outputs["note"] = gr.Textbox(label="Note")
-            save_button = gr.Button("Save name, tags and note")
+            with gr.Column(visible=is_changeable):
+                with gr.Row():
+                    outputs["clone"] = gr.Button("Clone settings", size="sm", min_width=90)
+                    outputs["resume"] = gr.Button("Resume", interactive=False, size="sm", min_width=90)
+                    delete_button = gr.Button("Delete", variant="stop", size="sm", min_width=90, elem_id="delete-run")
+                question = build_confirmation("delete-run", "Yes, move it to the trash", "No, keep it")
+                outputs["name"] = gr.Textbox(label="Name")
+                outputs["tags"] = gr.Textbox(label="Tags, with commas")
+                outputs["note"] = gr.Textbox(label="Note")
+                save_button = gr.Button("Save name, tags and note")
             with gr.Accordion("Settings that differ from the defaults", open=False):
                 outputs["settings"] = gr.JSON()
     return _DetailParts(outputs, save_button, delete_button, question)

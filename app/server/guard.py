@@ -34,7 +34,7 @@ _FILE_POLICY = "default-src 'none'; frame-ancestors 'none'; sandbox"
 # Gradio's page needs inline scripts and eval; nothing on it needs another machine.
 _PAGE_POLICY = (
     "default-src 'self' data: blob: 'unsafe-inline' 'unsafe-eval'; object-src 'none'; base-uri 'self'; "
-    "form-action 'self'; frame-ancestors 'self'"
+    "form-action 'self'; frame-ancestors "
 )
 
 
@@ -47,6 +47,7 @@ class Rejection:
     wait_seconds: int = 0
 
 
+_NO_UPLOADS = Rejection(403, "This app takes no uploads.")
 _NO_ROOM = Rejection(413, "Too many uploads are not processed yet; wait a few minutes and try again.")
 
 
@@ -56,6 +57,7 @@ class Guard:
     Args:
         uploads: the limit of received uploads.
         is_logged_in: whether a request has a valid login; None if the app has no login.
+        takes_uploads: whether uploads are accepted at all.
     """
 
     def __init__(
@@ -65,8 +67,10 @@ class Guard:
         private: Sequence[Path],
         uploads: UploadLimit,
         is_logged_in: Callable[[Scope], bool] | None = None,
+        takes_uploads: bool = True,
     ) -> None:
-        self.uploads, self._is_logged_in = uploads, is_logged_in
+        self.uploads, self._is_logged_in, self._takes_uploads = uploads, is_logged_in, takes_uploads
+        self._framing_sites: list[str] = []
         self._names = {name.lower() for name in names}
         self._origins: set[str] = set()
         self._served, self._private = [path.resolve() for path in served], [path.resolve() for path in private]
@@ -76,6 +80,15 @@ class Guard:
         """Answer to this name, with or without a port, too, and to a page that was opened under just this."""
         self._origins.add(host.lower())
         self._names.add(_name(host.lower()) or host)
+
+    def allow_framing(self, site: str) -> None:
+        """Let the pages of this site show the app in a frame."""
+        self._framing_sites.append(site.lower())
+
+    @property
+    def page_policy(self) -> str:
+        """The Content-Security-Policy of the page."""
+        return _PAGE_POLICY + " ".join(["'self'", *self._framing_sites])
 
     def reject_reason(self, scope: Scope) -> Rejection | None:
         """The rejection of a request; None if it is accepted."""
@@ -87,13 +100,16 @@ class Guard:
                 "This app does not answer to the name in the address line; open it under another one, or start it "
                 "with --allowed_host NAME.",
             )
-        if not self._is_same_origin(hosts[0], headers) or not _is_own_fetch(scope, headers):
+        opened_as = ("document", "iframe") if self._framing_sites else ("document",)
+        if not self._is_same_origin(hosts[0], headers) or not _is_own_fetch(scope, headers, opened_as):
             return Rejection(403, "Requests from other sites are rejected.")
         if self._is_logged_in is not None and not is_open(scope["path"]) and not self._is_logged_in(scope):
             return Rejection(401, "Log in first.")
         file = _FILE.search(scope["path"])
         if file is not None and not self._is_served(file[1]):
             return Rejection(403, "This file is not served.")
+        if is_upload(scope) and not self._takes_uploads:
+            return _NO_UPLOADS
         if "transfer-encoding" in headers:
             return Rejection(411, "The request has no Content-Length.")
         if not is_upload(scope) and _length(headers) > _MAX_BODY_BYTES:
@@ -159,7 +175,8 @@ class GuardMiddleware:
             if message["type"] == "http.response.start":
                 if is_login(scope) and message["status"] == 200:
                     self._guard.logins.succeed(client_of(scope))
-                _mark(message, is_file=_FILE.search(scope["path"]) is not None)
+                is_file = _FILE.search(scope["path"]) is not None
+                _mark(message, is_file, _FILE_POLICY if is_file else self._guard.page_policy)
             await send(message)
 
         return send_marked
@@ -214,20 +231,24 @@ def _counted(receive: Receive, coming: IncomingUpload) -> Receive:
     return receive_counted
 
 
-def _is_own_fetch(scope: Scope, headers: Headers) -> bool:
-    """Whether the page itself or a program sends the request; other sites may only link to the app."""
+def _is_own_fetch(scope: Scope, headers: Headers, opened_as: Sequence[str]) -> bool:
+    """Whether the page itself or a program sends the request; other sites may only link to the app.
+
+    Args:
+        opened_as: what other sites may open the page as, by its name in Sec-Fetch-Dest.
+    """
     if headers.get("sec-fetch-site", "none") in _SAME:
         return True
-    is_link = (headers.get("sec-fetch-mode"), headers.get("sec-fetch-dest")) == ("navigate", "document")
+    is_link = headers.get("sec-fetch-mode") == "navigate" and headers.get("sec-fetch-dest") in opened_as
     return is_link and scope.get("method") in ("GET", "HEAD") and scope["path"] in ("", "/")
 
 
-def _mark(message: Message, is_file: bool) -> None:
+def _mark(message: Message, is_file: bool, policy: str) -> None:
     message.setdefault("headers", [])
     headers = MutableHeaders(scope=message)
     headers["X-Content-Type-Options"] = "nosniff"
     headers["Cross-Origin-Resource-Policy"] = "same-origin"
-    headers["Content-Security-Policy"] = _FILE_POLICY if is_file else _PAGE_POLICY
+    headers["Content-Security-Policy"] = policy
     kind = headers.get("content-type", "").partition(";")[0].strip().lower()
     if is_file and message["status"] < 300 and kind not in _INLINE:
         named = headers.get("content-disposition", "").partition(";")[2]

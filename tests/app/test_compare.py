@@ -61,7 +61,7 @@ def test_pictures_are_drawn_once_shown_voted_on_and_saved(view: CompareView, mon
     assert "3 of 3 pictures are not drawn yet" in view.show(FORM).status
     assert len(view.draw(FORM, "me")) == 1
     assert view.draw(FORM, "me") == []  # it is queued already
-    assert view.show(FORM).is_drawing
+    assert view.show(FORM).can_stop
 
     def is_drawn() -> bool:
         assert queue.tick()
@@ -238,7 +238,7 @@ def test_what_is_shown_already_is_not_sent_again(view: CompareView) -> None:
     *first, shown = refresh(view, None, *values)
     assert gr.skip() not in first
     assert refresh(view, shown, *values) == (*[gr.skip()] * 5, shown)
-    grid, status, *_, stop, _ = refresh(view, replace(shown, status="", is_drawing=True), *values)
+    grid, status, *_, stop, _ = refresh(view, replace(shown, status="", can_stop=True), *values)
     assert (grid, status, stop) == (gr.skip(), first[1], gr.update(visible=False))
 
 

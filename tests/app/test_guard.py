@@ -170,6 +170,27 @@ def test_a_fetch_that_tells_no_origin_is_known_by_its_site(client: TestClient, s
     assert client.post("/", headers=link).status_code == 403
 
 
+def test_only_a_site_that_was_named_may_show_the_page_in_a_frame(client: TestClient, tmp_path: Path) -> None:
+    framed = {"Sec-Fetch-Site": "cross-site", "Sec-Fetch-Mode": "navigate", "Sec-Fetch-Dest": "iframe"}
+    assert "frame-ancestors 'self'" in client.get("/").headers["content-security-policy"].split("; ")
+    guard = Guard(AppSettings().host_names, [tmp_path], [], UploadLimit(tmp_path / "uploads"), takes_uploads=False)
+    guard.allow_framing("https://huggingface.co")
+
+    def answer(request: Request) -> Response:
+        return JSONResponse({})
+
+    route = Route("/{path:path}", answer, methods=["GET", "POST"])
+    with TestClient(GuardMiddleware(Starlette(routes=[route]), guard), base_url="http://127.0.0.1:7860") as other:
+        found = other.get("/", headers=framed)
+        assert found.status_code == 200
+        policy = found.headers["content-security-policy"].split("; ")
+        assert "frame-ancestors 'self' https://huggingface.co" in policy  # browsers hold other sites to it
+        assert other.get("/config", headers=framed).status_code == 403
+        assert other.post("/", headers=framed).status_code == 403
+        assert other.post("/gradio_api/upload", content=b"image").status_code == 403
+        assert other.post("/gradio_api/queue/join", content=b"{}").status_code == 200
+
+
 def test_the_page_itself_programs_and_a_page_behind_a_proxy_may_ask(client: TestClient) -> None:
     good: list[dict[str, str]] = [
         {},
