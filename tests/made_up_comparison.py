@@ -83,6 +83,22 @@ def made_up_comparison() -> dict[str, Any]:
             }
             for group, shift in (("animals", 0.004), ("food", -0.006), ("things", 0.001))
         },
+        "by_image": {
+            "images": [
+                {"name": name, "caption": f"a 3D icon of {thing}", "file": f"{name}.png", "looks_like": twin}
+                for name, thing, twin in (("fox", "a fox", None), ("owl", "a taxi", None), ("fox-2", "a fox", "fox"))
+            ],
+            "arms": {
+                "lora": {
+                    "steps": [0, 300, 600],
+                    "images": [_learned("fox", 0.7), _learned("owl", 0.9, "least", 0.31), None],
+                },
+                "flat-lora": {
+                    "steps": [0, 300, 600],
+                    "images": [_learned("fox", 0.8), _learned("owl", 0.85, "", 0.31), _learned("fox-2", 0.6)],
+                },
+            },
+        },
         "paired": _pairs(lora, flat),
         "verdict": (
             "Flat-LoRA has the lower held-out loss at equal steps: -0.00313 [-0.00380, -0.00246] over 3 seeds; "
@@ -159,6 +175,18 @@ def with_pictures(result: dict[str, Any], folder: Path, size: int = 16) -> dict[
             Image.new("RGB", (size, size), (shade, 30 * row, 90)).save(folder / name)
         files.append(names)
     return {**result, "pictures": {"prompts": PROMPTS, "columns": ["Base", "LoRA", "Flat-LoRA"], "files": files}}
+
+
+def _learned(name: str, factor: float, mark: str = "", caption_effect: float = -0.18) -> dict[str, Any]:
+    """The losses of an image in an arm."""
+    return {
+        "name": name,
+        "curve": [0.0721, 0.0721 * factor**0.7, 0.0721 * factor],
+        "change": factor - 1,
+        "mark": mark,
+        "caption_effect": caption_effect,
+        "has_doubtful_caption": caption_effect > 0,
+    }
 
 
 def _moved(metric: str) -> list[float]:

@@ -70,7 +70,7 @@ def card_functions(context: AppContext) -> list[Callable[[dict[str, Any]], dict[
             picture = load_image(path)
         message = f"{picture.width} x {picture.height} pixels"
         picture.thumbnail((_LARGE, _LARGE))
-        return {"picture": _data_url(picture), "message": message}
+        return {"picture": data_url(picture), "message": message}
 
     return [save_card, remove_card, enlarge_card]
 
@@ -96,7 +96,7 @@ def _card(card: Card) -> str:
     return (
         f'<li class="fl-photo" data-image="{card.image}" data-version="{card.version}" data-content="{card.content}">'
         f'<button type="button" data-enlarge aria-label="Enlarge {name}">'
-        f'<img src="{_data_url(card.picture)}" alt="" loading="lazy"></button>'
+        f'<img src="{data_url(card.picture)}" alt="" loading="lazy"></button>'
         f'<div class="fl-photo-head"><b>{_breakable(card.name)}</b>'
         f'<button type="button" data-remove aria-label="Remove {name}">Remove'
         f'</button></div><textarea aria-label="Caption of {name}" maxlength="{MAX_CAPTION_LENGTH}" '
@@ -110,8 +110,8 @@ def _breakable(name: str) -> str:
     return "<wbr>".join(map(escape, re.split(r"(?<=[-_+,])|(?=\.\w+$)", name)))
 
 
-def _data_url(picture: Image.Image) -> str:
-    """In the page itself: the uploads are private, and no address serves them."""
+def data_url(picture: Image.Image) -> str:
+    """The picture in the page itself: the uploads are private, and no address serves them."""
     packed = io.BytesIO()
     picture.save(packed, "WEBP", quality=85)
     return f"data:image/webp;base64,{base64.b64encode(packed.getvalue()).decode()}"

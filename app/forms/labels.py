@@ -73,6 +73,7 @@ _TERMS = {
     "validation_prompts_file": "Preview prompts file",
     "num_validation_images": "Images per preview prompt",
     "validation_epochs": "Epochs between previews",
+    "image_loss_draws": "Draws of the loss by image",
     "report_to": "Tracker",
     "selfcheck": "Self-check",
 }

@@ -100,6 +100,13 @@ class EventLog:
             self._read_on()
             return sorted((event["step"], event["loss"]) for event in self._validation.values())
 
+    def image_losses(self) -> list[dict[str, Any]]:
+        """The events with the losses of each training image, in order of steps up to that of the result."""
+        with self._lock:
+            self._read_on()
+            events = [event for _, event in sorted(self._image_losses.items())]
+            return [event for event in events if self._end is None or event["step"] <= self._end]
+
     def previews(self) -> list[Preview]:
         """The previews so far, in order of steps."""
         with self._lock:
@@ -110,6 +117,7 @@ class EventLog:
         self._offset, self._file = 0, 0
         self._steps: dict[int, dict[str, Any]] = {}
         self._validation: dict[int, dict[str, Any]] = {}
+        self._image_losses: dict[int, dict[str, Any]] = {}
         self._previews: dict[int, dict[str, Any]] = {}
         self._ending: str | None = None
         self._end: int | None = None
@@ -142,6 +150,7 @@ class EventLog:
         self._has_begun = True
         apply_event(self._steps, event, "step")
         apply_event(self._validation, event, "validation")
+        apply_event(self._image_losses, event, "image_losses")
         if kind == "step":
             self._ending = None
         elif kind == "preview":

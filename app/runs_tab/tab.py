@@ -26,6 +26,7 @@ from ..widgets.run_charts import loss_curves, samples
 from ..widgets.sample_strip import STRIP_CSS, STRIP_SCRIPT
 from ..widgets.status import STATUS_CSS, error_line, status_line
 from .clone import clone_run
+from .image_table import build_image_table, connect_image_table
 from .report import build_report, connect_report
 from .run_list import NEWEST, NO_RUNS, ORDERS, RUNS_CSS, RUNS_SCRIPT, filter_and_sort, list_page, rows_of, storage_line
 from .trash import build_trash, connect_trash, look as look_at_trash
@@ -212,6 +213,7 @@ def build_runs_tab(context: AppContext, selected: Callable[..., Any], target: Cl
             chosen = gr.Dropdown([], label="Run", info="also by a click in the list")
             report = build_report()
             parts = _build_details(is_changeable=target is not None)
+            images = build_image_table()
     with gr.Column(visible=target is not None):
         trash = build_trash()
     redraw = {
@@ -234,6 +236,7 @@ def build_runs_tab(context: AppContext, selected: Callable[..., Any], target: Cl
     connect_report(context, report, chosen)
     if target is None:
         return
+    connect_image_table(context, images, chosen)
     import_button, import_form, import_status = imported
     taken = import_button.click(partial(take_lora, context), import_form, [import_status, chosen, import_form[0]])
     taken.success(**private)

@@ -102,8 +102,12 @@ class Uploads:
     def names(self, session: str) -> dict[str, str]:
         """The user's own file name by image name, in the order the images came."""
         folder = self.session_folder(session)
-        names = read_texts(folder / NAMES)
+        names = self.names_in(folder)
         return {path.name: names.get(path.name, path.name) for path in images_of(folder)}
+
+    def names_in(self, folder: Path) -> dict[str, str]:
+        """The user's own file names by image name, of a session's folder or its frozen copy; empty for another."""
+        return read_texts(folder / NAMES) if folder.resolve().is_relative_to(self.folder.resolve()) else {}
 
     def save_captions(self, session: str, captions: Mapping[str, str], is_same_change: bool = False) -> None:
         """Write the captions; an empty one is removed.

@@ -23,6 +23,7 @@ from typing import Any, TypedDict
 import torch
 
 from flatlora_diffusion.compare.arms import PlannedRun
+from flatlora_diffusion.compare.by_image import by_image
 from flatlora_diffusion.compare.controls import RunOutputs, control_rows
 from flatlora_diffusion.compare.early_stopping import advise
 from flatlora_diffusion.compare.evaluator import OWN_METRICS, TRAIN, MetricValues, RunEvaluator
@@ -58,6 +59,7 @@ class ComparisonResult(TypedDict):
     image_losses: dict[str, dict[str, dict[str, list[float]]]]
     trajectories: dict[str, dict[str, list[dict[str, Any]]]]
     groups: dict[str, Any]
+    by_image: dict[str, Any]
     paired: list[dict[str, Any]]
     verdict: str
     proof: list[dict[str, Any]]
@@ -188,6 +190,7 @@ def _measure(experiment: Experiment, evaluator: RunEvaluator, pictures: dict[str
         image_losses={arm: {str(seed): of_run for seed, of_run in by_seed.items()} for arm, by_seed in images.items()},
         trajectories=_trajectories_as_json(trajectories),
         groups=_groups(runs, evaluator),
+        by_image=by_image(runs, experiment.inputs.sets[TRAIN].samples, evaluator.training, experiment.out),
         paired=differences,
         verdict=verdict(differences, {arm.key: arm.name for arm in arms}),
         proof=shared_conditions(runs),

@@ -78,6 +78,17 @@ class RunConfig(Section):
         free_on_resume=True,
         read_at_runtime=True,
     )
+    image_loss_draws: int = setting(
+        0,
+        "loss by image: measure each training image (at most 100) at N fixed draws of noise and timestep, at the "
+        "start, at each checkpoint and at the end; a measurement takes about as long as images x N / 3 training "
+        "samples; 8 is enough to find images learned too well or not at all; 0: no measurement",
+        min=0,
+        max=64,
+        legacy_default=0,
+        free_on_resume=True,
+        is_shared=True,
+    )
     selfcheck: SelfCheck = setting(
         "once",
         "check the first three steps of a new run for numerical errors: once per version and CUDA device model, "

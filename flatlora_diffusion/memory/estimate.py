@@ -136,6 +136,7 @@ def estimate_memory(config: TrainConfig) -> MemoryEstimate:
     has_previews = config.run.validation_prompt is not None or config.run.validation_prompts_file is not None
     sampling = max(vae_passes.decode_peak, measure_sampling(base, base_dtype, 1, resolution)) if has_previews else 0
     has_validation = config.run.validation_data_dir is not None or data.holdout_images > 0
+    has_validation = has_validation or config.run.image_loss_draws > 0
     validation = measure_vae(base, vae_precision, 1, resolution).encode_peak if has_validation else 0
     return dataclasses.replace(
         step,

@@ -182,6 +182,10 @@ class RunDir:
         """Return the loss of the held-out images by step, without steps that a resume has undone."""
         return {event["step"]: event["loss"] for event in valid_events(self.events(), "holdout")}
 
+    def image_losses(self) -> list[dict[str, Any]]:
+        """Return the losses of each training image, one event per step, without steps that a resume has undone."""
+        return valid_events(self.events(), "image_losses")
+
     def manifest(self) -> list[dict[str, Any]]:
         manifest: list[dict[str, Any]] = json.loads(self.manifest_file.read_text(encoding="utf-8"))
         return manifest

@@ -29,6 +29,7 @@ from flatlora_diffusion.storage.run_dir import LORA_FILE, RunDir
 from flatlora_diffusion.training.failure import friendly_errors
 from flatlora_diffusion.training.finish import present, save_result
 from flatlora_diffusion.training.holdout import HeldoutLoss
+from flatlora_diffusion.training.image_losses import ImageLosses
 from flatlora_diffusion.training.previews import Previews
 from flatlora_diffusion.training.resolve_config import check_before_loading, resolve_before_loading, with_seed
 from flatlora_diffusion.training.state import TrainState, prepare
@@ -136,11 +137,14 @@ def _save_average(
             if previews is not None:
                 _start_run(run, state.config)
                 previews.make("base", 0)
+            images = ImageLosses(state, 0) if previews is not None and config.run.image_loss_draws else None
             average = average_updates([_read_updates(file) for file in files], [1 / len(files)] * len(files), rank)
             load_initial(state.sdxl.pipeline, _pad_to_rank(average.updates, rank), {})
             strength, losses = _best_strength(state, heldout) if heldout else (1.0, {})
             _scale(state, strength)
             _log_average(state, run, configs, average, rank, strength, losses)
+            if images is not None:
+                images.measure(state.end)
             path = save_result(state)
         if config.average.remove_members and state.accelerator.is_main_process:
             for number in range(1, len(configs) + 1):

@@ -21,7 +21,7 @@ RERUN_HINT = "the same command goes on from there"
 
 
 def sub_run_config(config: TrainConfig, sub_run: RunDir, **changes: Any) -> TrainConfig:
-    """The settings of a sub-run: `config` with `changes`, without previews and upload."""
+    """The settings of a sub-run: `config` with `changes`, without previews, losses by image and upload."""
     return config.replace(
         output_dir=str(sub_run.folder),
         output_name=None,
@@ -29,6 +29,7 @@ def sub_run_config(config: TrainConfig, sub_run: RunDir, **changes: Any) -> Trai
         validation_prompt=None,
         validation_prompts_file=None,
         validation_data_dir=None,
+        image_loss_draws=0,
         push_to_hub=False,
         **changes,
     )

@@ -35,6 +35,7 @@ from flatlora_diffusion.training.finish import present, save_result
 from flatlora_diffusion.training.first_gradients import start_from_gradients
 from flatlora_diffusion.training.holdout import Holdout
 from flatlora_diffusion.training.holdout_folds import choose_steps_by_folds
+from flatlora_diffusion.training.image_losses import ImageLosses
 from flatlora_diffusion.training.loss_scale import loss_scale
 from flatlora_diffusion.training.members import train_members
 from flatlora_diffusion.training.micro_batches import micro_batches
@@ -160,7 +161,7 @@ def _loop(state: TrainState, first_step: int, previews: Previews | None, stops: 
     """Train from `first_step` to the last step, or until held-out images end the run; return the steps done."""
     checkpointing_steps = state.config.run.checkpointing_steps
     is_main = previews is not None
-    holdout = Holdout(state, state.heldout, first_step) if state.heldout and is_main else None
+    holdout, measurements = _measurements(state, first_step) if is_main else (None, [])
     steps = tqdm(
         range(first_step, state.end),
         initial=first_step,
@@ -186,8 +187,8 @@ def _loop(state: TrainState, first_step: int, previews: Previews | None, stops: 
                     previews.make(f"step-{done}", done, lambda: stops.reason() is not None)
         stop_reason = any_process(state.accelerator, stops.reason())
         at_checkpoint = done % checkpointing_steps == 0
-        if holdout is not None and stop_reason is None and (at_checkpoint or done == state.end):
-            holdout.measure(done)
+        for measurement in measurements if stop_reason is None and (at_checkpoint or done == state.end) else ():
+            measurement.measure(done)
         if is_main and (state.run.take_save_request() or at_checkpoint or stop_reason is not None):
             save_checkpoint(state, done)
         if stop_reason is not None and done < state.end:
@@ -198,6 +199,13 @@ def _loop(state: TrainState, first_step: int, previews: Previews | None, stops: 
             logger.info("step %d is the last: the held-out loss has stopped falling", done)
             return done
     return state.end
+
+
+def _measurements(state: TrainState, first_step: int) -> tuple[Holdout | None, list[Holdout | ImageLosses]]:
+    """The held-out loss, and everything that is measured at checkpoints."""
+    holdout = Holdout(state, state.heldout, first_step) if state.heldout else None
+    images = ImageLosses(state, first_step) if state.config.run.image_loss_draws else None
+    return holdout, [measurement for measurement in (holdout, images) if measurement is not None]
 
 
 def train_step(state: TrainState, step: int) -> float:

@@ -126,7 +126,7 @@ RUNS: dict[str, str] = {
     "prodigy": "--optimizer Prodigy --learning_rate 1.0 --prodigy_beta3 0.9 --prodigy_decouple False "
     "--prodigy_use_bias_correction=True --prodigy_safeguard_warmup True",
     "text encoders": "--train_text_encoder --text_encoder_lr 1e-4 --adam_weight_decay_text_encoder 0 "
-    "--train_text_encoder_frac 0.5 --lora_dropout 0.1 --lora_alpha 8 --use_rslora",
+    "--train_text_encoder_frac 0.5 --image_loss_draws 2 --lora_dropout 0.1 --lora_alpha 8 --use_rslora",
     "pivotal": "--train_text_encoder_ti --token_abstraction icon --num_new_tokens_per_abstraction 1 "
     "--train_text_encoder_ti_frac 0.5 --clip_skip 1",
     "dora": "--use_dora --lora_unet_blocks mid_block --lora_block_ranks mid_block=2 --lora_target_modules attn+ff "

@@ -24,6 +24,7 @@ SECTIONS = {
     "trajectories",
     "strengths",
     "concepts",
+    "images",
     "advice",
     "controls",
     "proof",
@@ -181,6 +182,7 @@ def test_every_section_shows_its_values(page: Page) -> None:
         "trajectories": ["held-out loss, lower is better", "drift", "seconds of training", "no difference"],
         "strengths": ["strength of the LoRA", "diversity, higher is better"],
         "concepts": ["animals", "0.18400", f"{minus}0.00313"],
+        "images": ["a 3D icon of a taxi", "0.0649", f"{minus}10 %", "learned least", "looks like fox", "+31 %"],
         "advice": ["step 400", "over-fitted", "not over-fitted", "0.80", "Held-out loss was lowest at step 600."],
         "controls": ["0.0412", "Must be equal to LoRA bit for bit; it is."],
         "proof": ["✓ holds", "9f2c41d07a55", "LoRA, seed 42 · LoRA, seed 43", "One base for all runs."],
@@ -220,6 +222,30 @@ def test_seeds_that_differ_by_as_much_have_no_interval(tmp_path: Path) -> None:
     assert "detectable:" not in page.text["differences"]
 
 
+def test_images_are_listed_least_learned_first_with_thumbnails_from_the_folder_alone(tmp_path: Path) -> None:
+    folder = tmp_path / "comparison"
+    folder.mkdir()
+    result = lean(made_up_comparison())
+    Image.new("RGB", (8, 8), "red").save(folder / "fox.png")
+    Image.new("RGB", (8, 8), "blue").save(tmp_path / "owl.png")
+    result["by_image"]["images"][1]["file"] = "../owl.png"
+    page = written(result, folder)
+    text = page.text["images"]
+    assert text.index("a 3D icon of a taxi") < text.index("a 3D icon of a fox") < text.index("looks like fox")
+    said = " ".join(text.split())
+    assert ("Learned least: owl" in said, "Check the caption: owl" in said) == (True, True)
+    (thumbnail,) = page.all_of("img")
+    assert base64.b64decode(thumbnail["src"].split(",")[1]) == (folder / "fox.png").read_bytes()
+    assert text.count("check the caption") == 1
+    assert len(page.all_of("svg", "spark")) == 5, "LoRA has not measured fox-2"
+
+
+def test_a_comparison_of_an_earlier_version_has_no_images(tmp_path: Path) -> None:
+    result = lean(made_up_comparison())
+    del result["by_image"]
+    assert SECTIONS - written(result, tmp_path).text.keys() == {"images"}
+
+
 @pytest.mark.parametrize(
     ("key", "gone"),
     [
@@ -227,6 +253,7 @@ def test_seeds_that_differ_by_as_much_have_no_interval(tmp_path: Path) -> None:
         ("trajectories", {"trajectories"}),
         ("strengths", {"strengths"}),
         ("groups", {"concepts"}),
+        ("by_image", {"images"}),
         ("advice", {"advice"}),
         ("nulls", {"controls"}),
         ("proof", {"proof"}),

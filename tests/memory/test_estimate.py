@@ -278,7 +278,7 @@ def test_class_images_of_many_sizes_keep_the_vae_on_the_device(config: TrainConf
 def test_previews_count_only_when_they_are_made(config: TrainConfig) -> None:
     assert estimate_memory(config).previews == 0
     assert estimate_memory(config.replace(validation_prompt="an icon")).previews > drawn_weights(config)
-    for looked_at in ({"holdout_images": 1}, {"validation_data_dir": "icons"}):
+    for looked_at in ({"holdout_images": 1}, {"validation_data_dir": "icons"}, {"image_loss_draws": 1}):
         assert estimate_memory(config.replace(**looked_at)).previews > drawn_weights(config)
 
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import base64
 import hashlib
-import io
 from collections.abc import Mapping, Sequence
 from itertools import zip_longest
 from pathlib import Path
@@ -15,19 +14,18 @@ from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
-from PIL import Image
 
 from flatlora_diffusion.charts.palette import TONES
+from flatlora_diffusion.compare.page.by_image import images
 from flatlora_diffusion.compare.page.curves import groups, strengths, trajectories
-from flatlora_diffusion.compare.page.format import Chip, Result, chip
+from flatlora_diffusion.compare.page.embedding import data_uri
+from flatlora_diffusion.compare.page.format import Chip, Result, Section, chip
 from flatlora_diffusion.compare.page.provenance import advice, controls, proof, settings, subtitle, versions, warning
 from flatlora_diffusion.compare.page.results import numbers, paired, verdict_chart
 from flatlora_diffusion.storage.atomic_io import write_text
 
 PAGE, GRID, RESULT = "compare.html", "compare.png", "compare.json"
 _TEMPLATES = Path(__file__).parent / "templates"
-_SECTIONS = (numbers, paired, trajectories, strengths, groups, advice, controls, proof, settings, versions)
-_MAX_PNG_BYTES = 400_000  # larger pictures are embedded as JPEG; two dozen of SDXL would take 45 MB as PNG
 _PROMPTS_PER_GRID = 8
 
 
@@ -63,10 +61,19 @@ def compare_page(result: Mapping[str, Any], folder: Path, is_framed: bool = Fals
         verdict=result["verdict"],
         headline=verdict_chart(result),
         grids=_grids(result, folder),
-        sections=[section for section in (build(result) for build in _SECTIONS) if section.content is not None],
+        sections=_sections(result, folder),
         is_framed=is_framed,
         here="about:srcdoc" if is_framed else "",
     )
+
+
+def _sections(result: Result, folder: Path) -> list[Section]:
+    built = (
+        *(build(result) for build in (numbers, paired, trajectories, strengths, groups)),
+        images(result, folder),
+        *(build(result) for build in (advice, controls, proof, settings, versions)),
+    )
+    return [section for section in built if section.content is not None]
 
 
 def _raw_file(name: str) -> Markup:
@@ -92,17 +99,4 @@ def _grids(result: Result, folder: Path) -> list[Mapping[str, Any]]:
 
 
 def _row(folder: Path, models: Sequence[str], files: Sequence[str | None]) -> list[Mapping[str, str]]:
-    return [{"model": model, "source": _data_uri(folder, file)} for model, file in zip(models, files, strict=True)]
-
-
-def _data_uri(folder: Path, file: str | None) -> str:
-    """The picture as a data URI; empty if it is missing or outside `folder`."""
-    path = (folder / (file or "")).resolve()
-    if not path.is_file() or not path.is_relative_to(folder.resolve()):
-        return ""
-    if path.stat().st_size <= _MAX_PNG_BYTES:
-        return f"data:image/png;base64,{base64.b64encode(path.read_bytes()).decode()}"
-    with Image.open(path) as image:
-        buffer = io.BytesIO()
-        image.convert("RGB").save(buffer, "JPEG", quality=92)
-    return f"data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}"
+    return [{"model": model, "source": data_uri(folder, file)} for model, file in zip(models, files, strict=True)]
