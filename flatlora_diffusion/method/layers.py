@@ -197,10 +197,12 @@ class AdaptedLayer:
         return (down, up, tuner.scaling[active]) if is_whole else None
 
     def plain_weight_and_bias(self, dtype: torch.dtype) -> tuple[Tensor, Tensor | None] | None:
-        """Return W and bias of a plain frozen linear layer that computes in `dtype`; None for any other layer."""
+        """Return W and bias of a plain frozen layer that computes in `dtype`; None for any other layer."""
         base = self.base
         weight, bias = base._parameters["weight"], base._parameters["bias"]
-        if type(base) is not nn.Linear or type(weight) is not nn.Parameter or not self.base_hook.is_unwrapped:
+        if type(base) not in (nn.Linear, nn.Conv2d) or type(weight) is not nn.Parameter:
+            return None
+        if not self.base_hook.is_unwrapped:
             return None
         if weight.dtype != dtype or weight.requires_grad or (bias is not None and bias.requires_grad):
             return None
@@ -403,8 +405,9 @@ def _square_norms(weight: Tensor) -> Tensor:
 def _fusable_factors(tuner: LoraLayer, adapter: str) -> tuple[Any, Any] | None:
     """Return the modules A and B if PEFT computes base(x) + s B(A(x)): no dropout, no DoRA, no bias."""
     pair: tuple[Any, Any] = (tuner.lora_A[adapter], tuner.lora_B[adapter])
+    kind = nn.Conv2d if isinstance(tuner.get_base_layer(), nn.Conv2d) else nn.Linear
     is_plain = isinstance(tuner.lora_dropout[adapter], nn.Identity) and adapter not in tuner.lora_variant
-    if not is_plain or any(type(module) is not nn.Linear or "forward" in module.__dict__ for module in pair):
+    if not is_plain or any(type(module) is not kind or "forward" in module.__dict__ for module in pair):
         return None
     return None if pair[1].bias is not None else pair
 

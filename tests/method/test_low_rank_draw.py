@@ -13,7 +13,17 @@ import torch
 from draw_statistics import assert_mean
 from lora_by_hand import add_to_base, all_noise, distance, lora_layers, merged_weight
 from peft import get_peft_model
-from tiny_models import Adapter, Case, loss_and_gradients, normal, randomize_adapters, seeded, toy_case, unet_case
+from tiny_models import (
+    ATTENTION_AND_CONV,
+    Adapter,
+    Case,
+    loss_and_gradients,
+    normal,
+    randomize_adapters,
+    seeded,
+    toy_case,
+    unet_case,
+)
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -73,6 +83,28 @@ def test_what_differs_from_full_draws_is_the_fourth_moment(z: Tensor) -> None:
     assert float((z**4).mean()) > 4
 
 
+@pytest.mark.parametrize(("kernel", "stride"), [(1, 1), (3, 1), (3, 2)])
+def test_a_convolution_has_the_gradients_that_autograd_computes_through_the_sum_of_its_weights(
+    kernel: int, stride: int
+) -> None:
+    base = nn.Conv2d(6, 10, kernel, stride, kernel // 2)
+    model: Any = get_peft_model(nn.Sequential(base), Adapter(rank=3, alpha=5).config(("0",)))
+    randomize_adapters(model.double())
+    flat = low_rank(model)
+    x = normal(1, 2, 6, 7, 8).double().requires_grad_()
+    with flat.perturb(step=1):
+        output = model(x)
+        output.square().sum().backward()
+    layer = lora_layers(model)["0"]
+    down, up = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+    actual = [x.grad, down.grad, up.grad]
+    update = (up.flatten(1) @ down.flatten(1)).view(base.weight.shape)
+    weight = base.weight.detach() + flat.noise("0", 1) + 5 / 3 * update
+    expected = nn.functional.conv2d(x, weight, base.bias, stride, kernel // 2)
+    torch.testing.assert_close(output, expected)
+    torch.testing.assert_close(actual, list(torch.autograd.grad(expected.square().sum(), [x, down, up])))
+
+
 def products(case: Case) -> Counter[str]:
     """How often a forward and backward call each operator."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
@@ -81,13 +113,15 @@ def products(case: Case) -> Counter[str]:
     return Counter({event.key: event.count for event in profile.key_averages()})
 
 
-def test_a_perturbed_pass_has_no_matrix_product_more_than_plain_lora() -> None:
+@pytest.mark.parametrize("targets", [(), ATTENTION_AND_CONV], ids=["attention", "convolutions"])
+def test_a_perturbed_pass_has_no_product_more_than_plain_lora(targets: tuple[str, ...]) -> None:
     """A layer that draws nothing in its passes, reads W as plain LoRA does and only has a wider branch."""
-    case = unet_case()
+    case = unet_case(Adapter(targets=targets))
     flat = low_rank(case.model)
     plain = products(case)
     with flat.perturb(step=1):
         ours = products(case)
+    assert ours["aten::convolution"] == plain["aten::convolution"] > 0
     names = ("aten::mm", "aten::addmm", "aten::addmm_", "aten::bmm")
     assert sum(ours[name] for name in names) == sum(plain[name] for name in names) > 0
     assert not {"aten::normal_", "aten::randn"} & {name for name in ours if ours[name] > plain[name]}
