@@ -18,7 +18,8 @@ class Subject:
     each is a row of its own; the average is cut to `rank` and its members, before, to `member_rank`. `reference` is
     what it is compared with. With `branch_at` all members but the first go on, with seeds of their own, from the first
     member's LoRA at that step. SAM ascends in every `sam_every`-th step from step `sam_from` on. It is trained on the
-    first `images` alone, where that is given.
+    first `images` alone, where that is given. With `own_rise` SAM has an eps for each image, by which the loss of that
+    image rises by this share to first order.
     """
 
     name: str
@@ -33,19 +34,24 @@ class Subject:
     sam_every: int = 1
     sam_from: int = 0
     images: int | None = None
+    own_rise: float | None = None
     reference: str = "lora"
 
     @property
     def folder(self) -> str:
         """Below the work folder; runs that are trained in a way of their own lie apart."""
-        ways = {"every": self.sam_every if self.sam_every > 1 else 0, "from": self.sam_from, "images": self.images}
+        every = self.sam_every if self.sam_every > 1 else 0
+        ways = {"every": every, "from": self.sam_from, "images": self.images, "rise": self.own_rise}
         return "-".join(["runs", *(f"{way}-{value}" for way, value in ways.items() if value)])
 
     @property
     def passes(self) -> float:
         """Forward and backward passes of samples, in those of one LoRA; a step of SAM's with an ascent has two."""
         arm = parse_arm(self.arm)
-        steps = int(arm.changes.get("max_train_steps", STEPS)) * int(arm.changes.get("train_batch_size", BATCH))
+        batch = int(arm.changes.get("train_batch_size", BATCH)) * int(
+            arm.changes.get("gradient_accumulation_steps", 1)
+        )
+        steps = int(arm.changes.get("max_train_steps", STEPS)) * batch
         a_step = 1 + (arm.method == "sam") / self.sam_every * (1 - self.sam_from / STEPS)
         a_step += int(arm.changes.get("holdout_folds", 0))  # each fold trains all steps
         last = max((step for step in self.checkpoints if step is not None), default=STEPS)
@@ -66,6 +72,7 @@ class Subject:
             "sam_every": self.sam_every,
             "sam_from": self.sam_from,
             "images": self.images,
+            "own_rise": self.own_rise,
             "reference": self.reference,
             "passes": round(self.passes, 2),
         }
@@ -81,6 +88,7 @@ def _average(name: str, **settings: Any) -> Subject:
 _FLAT = "flat-lora:sigma=0.4,sigma_schedule=constant"
 _TUNED = "learning_rate=0.00042,lora_dropout=0.17,adam_weight_decay=0.22,sigma=0.69,sigma_schedule=down"
 _DEMO = "lora:lora_target_modules=conv,rank=16,max_train_steps=150,train_batch_size=4,learning_rate=0.001"
+_BY_IMAGE = "sam:rho=0.125,train_batch_size=1,gradient_accumulation_steps=2"
 _ALL = [
     Subject("lora", members=(0, 1, 2), strengths=_WEAKENED),
     _average("average of 3", strengths=(0.7, 1.0, 1.3)),
@@ -121,6 +129,7 @@ _ALL = [
     Subject("SAM 0.125", "sam:rho=0.125", strengths=_WEAKENED),
     Subject("SAM 0.125, every 2nd step", "sam:rho=0.125", sam_every=2, strengths=_WEAKENED),
     Subject("SAM 0.125, last 90 steps", "sam:rho=0.125", sam_from=210, strengths=_WEAKENED),
+    Subject("SAM, own rho for each image", _BY_IMAGE, own_rise=0.2, strengths=_WEAKENED),
     _average("average of 3 Flat-LoRAs 0.4", arm=_FLAT),
     _average("average of 3 SAMs 0.125", arm="sam:rho=0.125"),
     Subject("demo: LoRA", _DEMO, members=(0, 1, 2), strengths=_WEAKENED),

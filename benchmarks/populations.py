@@ -20,9 +20,10 @@ import argparse
 import hashlib
 import json
 import logging
+import math
 import shutil
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -47,6 +48,7 @@ from flatlora_diffusion.lora_tools.averaging import average_updates
 from flatlora_diffusion.lora_tools.converting import read_lora_file, write_lora
 from flatlora_diffusion.method.gradient import StepGradient
 from flatlora_diffusion.method.rivals.sam import Sam
+from flatlora_diffusion.method.rivals.sketch import Sketches
 from flatlora_diffusion.sdxl.objective import Objective
 from flatlora_diffusion.sdxl.pipeline import load_sdxl
 from flatlora_diffusion.storage.atomic_io import atomic_write, file_sha256
@@ -279,19 +281,43 @@ def _train(run: PlannedRun, subject: Subject) -> None:
 
 @contextmanager
 def _ascending_in(subject: Subject) -> Iterator[None]:
-    """SAM's ascent in some of the steps; the others take the gradient at the weights."""
+    """SAM's ascent in some of the steps, or by image; the other steps take the gradient at the weights."""
     ascend = Sam.compute
 
     def compute(self: Sam, step: int, micro_batches: Any) -> list[Tensor]:
+        if subject.own_rise is not None:
+            return _ascend_by_image(self, subject.own_rise, step, micro_batches)
         ascends = step >= subject.sam_from and step % subject.sam_every == 0
         return (ascend if ascends else StepGradient.compute)(self, step, micro_batches)
 
-    if subject.sam_every > 1 or subject.sam_from > 0:
+    if subject.sam_every > 1 or subject.sam_from > 0 or subject.own_rise is not None:
         Sam.compute = compute  # type: ignore[method-assign]
     try:
         yield
     finally:
         Sam.compute = ascend  # type: ignore[method-assign]
+
+
+def _ascend_by_image(sam: Sam, rise: float, step: int, micro_batches: Iterable[Any]) -> list[Tensor]:
+    """SAM with micro-batches of one image and an eps for each: eps = rise L g / ||g||^2, L + g eps = (1 + rise) L."""
+    batches, losses = list(micro_batches), []
+    for batch in batches:
+        before = {weight: weight.grad for weight in sam._trainable}
+        for weight in before:
+            weight.grad = None
+        with sam.recording(Sketches(sam._seed, step)) as sketches:
+            losses.append(batch.backward(is_shared=False))
+        for weight, grad in before.items():
+            weight.grad = grad
+        # The loop divides each loss, and so its gradient, by the number of micro-batches.
+        gradient = sketches.norm() * len(batches)
+        if 0 < float(gradient) < math.inf:
+            sketches.scale(rise * losses[-1] / gradient**2 * len(batches))
+            with sam.perturbed(sketches):
+                batch.backward()
+        else:
+            batch.backward()
+    return losses
 
 
 def parser() -> argparse.ArgumentParser:
