@@ -6,6 +6,7 @@ import copy
 import math
 from collections import Counter
 from contextlib import nullcontext
+from functools import partial
 from typing import Any
 
 import pytest
@@ -101,9 +102,9 @@ def test_a_convolution_has_the_gradients_that_autograd_computes_through_the_sum_
     update = (up.flatten(1) @ down.flatten(1)).view(base.weight.shape)
     weight = base.weight.detach() + flat.noise("0", 1) + 5 / 3 * update
     expected = nn.functional.conv2d(x, weight, base.bias, stride, kernel // 2)
-    close = {"rtol": 1e-5, "atol": 1e-6}  # `noise` rounds eps to fp32
-    torch.testing.assert_close(output, expected, **close)
-    torch.testing.assert_close(actual, list(torch.autograd.grad(expected.square().sum(), [x, down, up])), **close)
+    close = partial(torch.testing.assert_close, rtol=1e-5, atol=1e-6)  # `noise` rounds eps to fp32
+    close(output, expected)
+    close(actual, list(torch.autograd.grad(expected.square().sum(), [x, down, up])))
 
 
 def products(case: Case) -> Counter[str]:
