@@ -22,43 +22,42 @@ _OWN_NAMES = ("127.0.0.1", "localhost", "[::1]")  # they always mean the compute
 class AppSettings(Section):
     """Where the app keeps its runs and who may open it."""
 
-    runs_dir: str = setting("outputs", "folder of the runs; the only one that the app serves files from")
-    host: str = setting("127.0.0.1", "address to listen on; any other than this computer's own needs --auth")
+    runs_dir: str = setting("outputs", "folder for runs; the app serves files from no other folder")
+    host: str = setting("127.0.0.1", "address to listen on; addresses that other computers can reach need --auth")
     port: int = setting(7860, "port to listen on", min=1, max=65535)
     auth: str | None = field(
         default=None,
         repr=False,  # so that no log shows it
         metadata={
-            "help": f"user:password to log in with; better in the environment variable {AUTH_VARIABLE}, "
-            "where other users of this computer cannot see it",
+            "help": f"login as user:password; safer in the environment variable {AUTH_VARIABLE}, which other users of "
+            "this computer cannot see",
             "min": None,
             "max": None,
         },
     )
-    share: bool = setting(False, "a public link through Gradio's servers; needs --auth")
+    share: bool = setting(False, "create a public link through Gradio's servers; needs --auth")
     allowed_host: tuple[str, ...] = setting(
         (),
-        "another name or address under which browsers open the app, as in their address line; repeated for more. "
-        "Needed with --host 0.0.0.0 and behind a proxy",
+        "host name or address in the browser's address bar, if not that of --host; may be repeated. Required with "
+        "--host 0.0.0.0 and behind a proxy",
     )
     behind_proxy: tuple[str, ...] = setting(
         (),
-        "address or network of a proxy in front, such as 127.0.0.1 or 10.0.0.0/8; repeated for more. Its "
-        "X-Forwarded-For says who asks; that of anybody else is not believed",
+        "address or network of a reverse proxy, such as 127.0.0.1 or 10.0.0.0/8; may be repeated. The app trusts "
+        "X-Forwarded-For only from these addresses",
     )
     data_dir: tuple[str, ...] = setting(
         (),
-        "folder that trainings may read from and write to when they are set up in the browser; repeated for more. "
-        "Without one: uploads, samples and the runs folder",
+        "folder that trainings started in the browser may read and write, besides uploads, samples and the runs "
+        "folder; may be repeated",
     )
-
     read_only: bool = setting(
         False,
-        "show the runs that are there, to compare, vote on and download, and nothing else: no training, measuring, "
-        "upload, import, change or deletion. Needs no login to be open to others",
+        "only compare, vote on and download the existing runs: no training, measuring, upload, import, change or "
+        "deletion; needs no login",
     )
     framing_site: tuple[str, ...] = setting(
-        (), "site that may show the app inside of its pages, such as https://huggingface.co; repeated for more"
+        (), "site that may show the app in a frame, such as https://huggingface.co; may be repeated"
     )
 
     def __post_init__(self) -> None:
@@ -69,15 +68,16 @@ class AppSettings(Section):
 
     def _check_login(self) -> None:
         if self.auth is not None and not all(self.auth.partition(":")[::2]):
-            raise ConfigError("auth must be user:password, with neither of them empty")
+            raise ConfigError("auth must be user:password, both not empty")
         if self.share and self.auth is None:
             raise ConfigError(
-                f"--share lets everyone with the link in; set a login with {AUTH_VARIABLE}=user:password or --auth"
+                f"--share opens the app to everyone with the link; set a login with {AUTH_VARIABLE}=user:password or "
+                "--auth"
             )
         if self.auth is None and not self.read_only and not _is_local(self.host):
             raise ConfigError(
-                f"host={self.host!r} lets others in this network in; set a login with {AUTH_VARIABLE}=user:password "
-                "or --auth, let them only look with --read_only, or leave --host out"
+                f"host={self.host!r} opens the app to the network; set a login with {AUTH_VARIABLE}=user:password or "
+                "--auth, add --read_only, or leave --host out"
             )
 
     def _check_places(self) -> None:
@@ -98,7 +98,7 @@ class AppSettings(Section):
                 )
         for folder in self.data_dir:
             if not Path(folder).is_dir():
-                raise ConfigError(f"data_dir={folder!r} is no folder; make it, or give another one")
+                raise ConfigError(f"data_dir={folder!r} is not a folder; create it or give another one")
 
     @property
     def login(self) -> tuple[str, str] | None:
