@@ -43,7 +43,7 @@ def adalora_model(config: AdaLoraConfig) -> Any:
     return model
 
 
-def test_ranks_go_when_and_where_peft_takes_them() -> None:
+def test_ranks_are_pruned_when_and_where_peft_prunes_them() -> None:
     theirs = adalora_model(
         AdaLoraConfig(
             target_r=2, init_r=3, target_modules=["first", "second"], total_step=STEPS, tinit=2, tfinal=6, deltaT=1
@@ -68,7 +68,7 @@ def test_ranks_go_when_and_where_peft_takes_them() -> None:
     assert left == {6, 5, 4}
 
 
-def test_factors_are_held_apart_by_pefts_penalty() -> None:
+def test_factors_stay_orthogonal_by_pefts_penalty() -> None:
     model = adalora_model(AdaLoraConfig(target_r=2, init_r=3, target_modules=["first", "second"], total_step=STEPS))
     model.base_model(normal(1, 8, 6)).loss.backward()
     expected = gradients(model)
@@ -77,7 +77,7 @@ def test_factors_are_held_apart_by_pefts_penalty() -> None:
 
 
 @pytest.mark.parametrize("draw", ["full", "low_rank"])
-def test_noise_is_scaled_to_what_is_left_of_the_merged_weight(draw: DrawKind) -> None:
+def test_noise_is_scaled_to_the_merged_weight_after_pruning(draw: DrawKind) -> None:
     case = adalora_case()
     clean = copy.deepcopy(case.model)
     flat = FlatLora(case.model, sigma=0.5, schedule="constant", seed=3, draw=draw)

@@ -168,7 +168,7 @@ def test_an_adapter_added_to_the_same_layers_after_attaching_is_an_error(wrap: A
         flat.perturb(step=2).__enter__()
 
 
-def test_an_adapter_made_anew_under_its_old_name_is_an_error() -> None:
+def test_an_adapter_recreated_under_its_old_name_is_an_error() -> None:
     case = toy_case(Adapter(targets=("wide",)))
     flat = attach(case.model)
     with flat.perturb(step=1):
@@ -180,7 +180,7 @@ def test_an_adapter_made_anew_under_its_old_name_is_an_error() -> None:
         pass
 
 
-def test_an_adapter_taken_off_the_model_is_an_error() -> None:
+def test_an_adapter_removed_from_the_model_is_an_error() -> None:
     case = CASES["unet"]()
     flat = attach(case.model)
     case.model.unload_lora()

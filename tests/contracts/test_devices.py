@@ -58,7 +58,7 @@ def test_w_and_the_global_generators_stay_as_they_are(case: Case) -> None:
         assert torch.equal(torch.cuda.get_rng_state(), state[1])
 
 
-def test_without_sigma_it_is_plain_lora_bit_for_bit(case: Case) -> None:
+def test_sigma_0_is_plain_lora_bit_for_bit(case: Case) -> None:
     loss, plain = loss_and_gradients(copy.deepcopy(case), None)
     flat = FlatLora(case.model, sigma=0.0)
     with flat.perturb(step=3):

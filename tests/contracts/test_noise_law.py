@@ -115,7 +115,7 @@ def test_another_step_or_slot_gives_another_eps(flat: FlatLora) -> None:
     assert not any(torch.equal(first, second) for first, second in itertools.combinations(drawn, 2))
 
 
-def test_the_noise_of_a_forward_is_the_noise_that_can_be_looked_at() -> None:
+def test_the_noise_of_a_forward_is_the_inspected_noise() -> None:
     """The effective weight, read off one-hot inputs: perturbed minus plain is flat.noise, entry by entry."""
     case = toy_case()
     flat = FlatLora(case.model, sigma=SIGMA, schedule="constant")

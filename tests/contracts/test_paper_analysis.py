@@ -113,7 +113,7 @@ def ascent(case: Case) -> tuple[dict[str, Tensor], dict[str, Tensor], float]:
     return {name: second[name] - first[name] for name in first}, gradients, RHO / float(size)
 
 
-def test_sam_over_a_and_b_perturbs_w_prime_by_the_slope_of_w_prime_through_both() -> None:
+def test_sam_over_a_and_b_perturbs_w_prime_by_its_gradient_through_both() -> None:
     case = toy_case()
     eps, gradients, c = ascent(case)
     for name, (down, up) in factors(case).items():

@@ -116,7 +116,7 @@ def test_bi_lora_reads_its_norm_from_the_device_once_and_takes_no_float64_there(
     assert reads.count == 1
 
 
-def test_another_device_and_a_wait_would_be_seen() -> None:
+def test_another_device_and_a_wait_are_detected() -> None:
     there, here = torch.empty(3, 3, device=META, requires_grad=True), torch.ones(3, 3)
     for mixed in (
         lambda: there + here,

@@ -100,7 +100,7 @@ def test_sam_takes_the_gradient_where_w_has_ascended_by_rho(name: str, monkeypat
     assert all(torch.equal(value, before[key]) for key, value in bits(case.model).items())
 
 
-def test_sam_ascends_along_the_sum_of_the_accumulated_slopes() -> None:
+def test_sam_ascends_along_the_sum_of_the_accumulated_gradients() -> None:
     case = toy_case()
     micros = [Micro(case, slot=slot, share=0.5) for slot in range(2)]
     result = taken(case, rival(case, "sam", rho=RHO), micros)
@@ -136,7 +136,7 @@ def test_sam_is_the_same_with_gradient_checkpointing() -> None:
     assert distance(taken(case, gradient), expected) < 1e-5
 
 
-def test_sam_reads_the_slopes_under_autocast() -> None:
+def test_sam_reads_the_weight_gradients_under_autocast() -> None:
     case = toy_case()
     expected = taken(case, rival(case, "sam", rho=RHO))
     other = toy_case()
@@ -179,7 +179,7 @@ def test_the_noise_of_a_step_is_drawn_once_for_all_its_micro_batches(monkeypatch
 
 
 @pytest.mark.parametrize("build", [toy_case, unet_case], ids=["toy", "unet"])
-def test_bi_lora_takes_the_gradient_at_w_plus_what_has_ascended_and_clips_it_to_rho(build: Any) -> None:
+def test_bi_lora_takes_the_gradient_at_w_plus_the_adversarial_lora_clipped_to_rho(build: Any) -> None:
     case = build()
     clean = copy.deepcopy(case.model)
     gradient = rival(case, "bi-lora", rho=RHO)
@@ -202,7 +202,7 @@ def test_bi_lora_takes_the_gradient_at_w_plus_what_has_ascended_and_clips_it_to_
         assert torch.equal(case.predict(case.model), case.predict(clean))
 
 
-def test_what_ascends_in_bi_lora_leaves_a_step_out_whose_slope_is_not_finite() -> None:
+def test_the_adversarial_lora_skips_a_step_whose_gradient_is_not_finite() -> None:
     """The scaler of fp16 looks at the gradients of A and B alone, which may be finite where these are not."""
     case = toy_case()
     gradient: Any = rival(case, "bi-lora", rho=RHO)
@@ -243,7 +243,7 @@ def test_nbar_multiplies_a_and_b_by_the_larger_gradient() -> None:
 
 
 @pytest.mark.parametrize("method", ["sam", "lora-sam", "bi-lora", "nbar", "flat-lora", "lora"])
-def test_a_method_that_is_taken_off_leaves_the_model_as_it_was(method: str) -> None:
+def test_a_detached_method_leaves_the_model_as_it_was(method: str) -> None:
     case = toy_case()
     plain = loss_and_gradients(case)[1]
     gradient = rival(case, method)
@@ -275,7 +275,7 @@ def test_pissa_starts_at_the_largest_directions_of_w_and_leaves_w(iterations: in
 
 
 @pytest.mark.parametrize("adapter", ["pissa", "lora-ga"])
-def test_eps_of_a_lora_that_starts_away_has_the_filter_norms_of_its_merged_weight_and_its_gradient_is_that_by_hand(
+def test_eps_of_pissa_has_the_filter_norms_of_the_merged_weight_and_the_gradient_of_the_reference(
     adapter: str, draw: str
 ) -> None:
     case = unet_case()
@@ -300,7 +300,7 @@ def test_eps_of_a_lora_that_starts_away_has_the_filter_norms_of_its_merged_weigh
     assert distance(result, by_hand) < 1e-4
 
 
-def test_lora_ga_starts_at_the_directions_of_the_slopes_and_leaves_the_output() -> None:
+def test_lora_ga_starts_at_the_directions_of_the_gradients_and_keeps_the_output() -> None:
     case = unet_case()
     for layer in lora_layers(case.model).values():  # as a LoRA begins
         layer.lora_B[ADAPTER].weight.data.zero_()

@@ -124,7 +124,7 @@ def saved_for_backward(
         pytest.param(Adapter(dora=True), None, id="dora"),
     ],
 )
-def test_no_tensor_of_a_weights_size_is_saved_that_plain_lora_does_not_save(
+def test_backward_saves_no_weight_sized_tensor_beyond_plain_lora(
     kind: str, adapter: Adapter, compute: torch.dtype | None, draw: str
 ) -> None:
     """In pieces too, less than one weight; low-rank draws may keep 4 numbers a row and an input."""
@@ -147,7 +147,7 @@ def test_no_tensor_of_a_weights_size_is_saved_that_plain_lora_does_not_save(
     assert extra < smallest * adapter.dtype.itemsize + allowed, f"{extra} bytes more than plain LoRA, in pieces"
 
 
-def test_a_unet_saves_no_tensor_shaped_like_a_weight_that_plain_lora_does_not_save() -> None:
+def test_a_unet_saves_no_weight_shaped_tensor_beyond_plain_lora() -> None:
     case = unet_case(Adapter(targets=("to_q", "to_k", "to_v", "to_out.0", "conv1", "ff.net.2")))
     weights = {layer.get_base_layer().weight.shape for layer in lora_layers(case.model).values()}
     shapes = weights | {shape[::-1] for shape in weights} | {torch.Size([s[0], s[1:].numel()]) for s in weights}
@@ -218,7 +218,7 @@ class LargestLive(TorchDispatchMode):
 
 @pytest.mark.parametrize("kind", BIG)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_only_one_layers_buffer_lives_at_a_time(
+def test_only_one_layer_has_a_buffer_at_a_time(
     kind: str, dtype: torch.dtype, draw: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """At most eps in fp32 and W + eps of the largest layer at once, in forward and in backward alike.

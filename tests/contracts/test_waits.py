@@ -150,7 +150,7 @@ def test_the_scaler_of_fp16_adds_no_wait(waits_of: Callable[..., list[str]]) -> 
     assert waits_of(scaler=torch.amp.GradScaler("cpu"), method="lora") == [*BATCH, "forward", "trainer"]
 
 
-def test_a_read_within_a_pass_would_be_seen(
+def test_a_device_read_within_a_pass_is_detected(
     waits_of: Callable[..., list[str]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     plain = micro_batches.diffusion_loss

@@ -40,7 +40,7 @@ def size_of(folder: Path) -> int:
         *(pytest.param(name, marks=pytest.mark.long) for name in RUNS if name not in ("LoRA", "an average", "full")),
     ],
 )
-def test_a_checkpoint_and_a_result_take_what_is_told(icons: Path, tmp_path: Path, name: str) -> None:
+def test_a_checkpoint_and_a_result_have_the_estimated_size(icons: Path, tmp_path: Path, name: str) -> None:
     """On the base that ships: of one that is smaller still, the files are headers more than weights."""
     config = TrainConfig.from_dict(
         {
@@ -73,12 +73,12 @@ def test_real_sdxl_is_counted_without_its_weights() -> None:
     assert merged == pytest.approx(2 * (2.567e9 + 0.123e9 + 0.695e9) + 4 * 0.0837e9, rel=0.02)
 
 
-def test_a_layer_that_is_not_there_is_refused() -> None:
+def test_a_missing_layer_is_refused() -> None:
     with pytest.raises(ConfigError, match="lora_target_modules"):
         disk_need(TrainConfig.from_dict({"lora_target_modules": "no_such_layer"}))
 
 
-def test_only_class_images_that_are_missing_need_room(icons: Path, tmp_path: Path) -> None:
+def test_only_missing_class_images_need_disk_space(icons: Path, tmp_path: Path) -> None:
     """`icons` has three, with captions."""
     prior = {"with_prior_preservation": True, "class_prompt": "an icon", "num_class_images": 5, "resolution": 100}
     config = TrainConfig.from_dict({**prior, "class_data_dir": str(icons)})
@@ -88,7 +88,7 @@ def test_only_class_images_that_are_missing_need_room(icons: Path, tmp_path: Pat
     assert class_images_need(config.replace(with_prior_preservation=False)) == 0
 
 
-def test_the_sizes_that_the_pages_name_are_those_of_the_estimate() -> None:
+def test_the_documented_sizes_are_those_of_the_estimate() -> None:
     sdxl = {"pretrained_model_name_or_path": "stabilityai/stable-diffusion-xl-base-1.0", "rank": 16, "method": "lora"}
     need = disk_need(TrainConfig.from_dict({**sdxl, "mixed_precision": "bf16"}))
     root = Path(__file__).parents[2]

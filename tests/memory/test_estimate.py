@@ -135,7 +135,7 @@ def test_the_activations_are_those_that_a_real_step_saves(
     assert estimate.activations + estimate.temporary == pytest.approx(peak, rel=0.1)
 
 
-def test_gradient_checkpointing_is_seen_to_recompute(config: TrainConfig) -> None:
+def test_the_estimate_counts_the_recomputation_of_gradient_checkpointing(config: TrainConfig) -> None:
     plain, recomputed = (estimate_memory(config.replace(gradient_checkpointing=on)) for on in (False, True))
     assert recomputed.activations < plain.activations / 2
     assert recomputed.temporary > plain.temporary
@@ -195,7 +195,7 @@ def test_other_optimizers_have_their_own_state(
     assert estimate_memory(config).optimizer == pytest.approx(held, rel=tolerance)
 
 
-def test_flat_lora_costs_its_norms_and_one_eps(config: TrainConfig) -> None:
+def test_flat_lora_takes_memory_for_its_norms_and_one_eps(config: TrainConfig) -> None:
     config = config.replace(perturb_draw="full")
     flat, plain = (estimate_memory(config.replace(method=method)) for method in ("flat-lora", "lora"))
     state = prepared(config)
@@ -204,7 +204,7 @@ def test_flat_lora_costs_its_norms_and_one_eps(config: TrainConfig) -> None:
     assert flat.total - plain.total == flat.perturbation
 
 
-def test_the_gradient_of_all_adapted_weights_is_held_where_lora_ga_reads_it(config: TrainConfig) -> None:
+def test_lora_ga_takes_memory_for_the_gradient_of_all_adapted_weights(config: TrainConfig) -> None:
     shapes = [layer.get_base_layer().weight.shape for layer in prepared(config).flats[0].layers.values()]
     assert estimate_memory(config.replace(method="lora", adapter="pissa")).perturbation == 0
     estimate = estimate_memory(config.replace(method="lora", adapter="lora-ga", lora_ga_steps=1)).perturbation
@@ -212,7 +212,7 @@ def test_the_gradient_of_all_adapted_weights_is_held_where_lora_ga_reads_it(conf
 
 
 @pytest.mark.long
-def test_sam_holds_sketches_in_place_of_the_gradient_of_all_adapted_weights() -> None:
+def test_sam_takes_memory_for_sketches_only() -> None:
     """44 MiB of fp32 factors at SDXL's attention, in place of 3.56 GiB."""
     config = TrainConfig().replace(**COMMAND)
     unet = on_meta(config.model, "unet")
@@ -224,7 +224,7 @@ def test_sam_holds_sketches_in_place_of_the_gradient_of_all_adapted_weights() ->
     assert 4 * sum(rows * inputs for rows, inputs in shapes) / GIB == pytest.approx(3.56, abs=0.01)
 
 
-def test_low_rank_draws_cost_their_norms_and_factors(config: TrainConfig) -> None:
+def test_low_rank_draws_take_memory_for_norms_and_factors(config: TrainConfig) -> None:
     low, plain = (estimate_memory(config.replace(method=method)) for method in ("flat-lora", "lora"))
     state = prepared(config)
     factors = [state.flats[0].layers[name].get_base_layer().weight.flatten(1).shape for name in state.flats[0].layers]
@@ -244,7 +244,7 @@ def test_more_images_and_more_pixels_need_more(config: TrainConfig) -> None:
     assert replace(both, class_images=0) == estimate_memory(config.replace(train_batch_size=4))
 
 
-def test_the_base_s_own_prior_needs_the_passes_of_twice_the_images(config: TrainConfig) -> None:
+def test_prior_from_base_counts_twice_the_images(config: TrainConfig) -> None:
     single, held_out, two = (
         estimate_memory(config.replace(**changes))
         for changes in ({}, {"prior_from_base": True, "class_prompt": "x"}, {"train_batch_size": 8})
@@ -253,7 +253,7 @@ def test_the_base_s_own_prior_needs_the_passes_of_twice_the_images(config: Train
     assert held_out.encoding == single.encoding, "no more images are encoded"
 
 
-def test_cached_latents_are_encoded_one_by_one_and_the_vae_leaves(config: TrainConfig) -> None:
+def test_cached_latents_are_encoded_one_by_one_and_the_vae_is_freed(config: TrainConfig) -> None:
     config = config.replace(train_batch_size=4)
     drawn = estimate_memory(config)
     cached = estimate_memory(config.replace(cache_latents=True))
@@ -275,14 +275,14 @@ def test_class_images_of_many_sizes_keep_the_vae_on_the_device(config: TrainConf
     assert buckets.vae == estimate_memory(config.replace(cache_latents=False)).vae
 
 
-def test_previews_count_only_when_they_are_made(config: TrainConfig) -> None:
+def test_previews_count_only_if_requested(config: TrainConfig) -> None:
     assert estimate_memory(config).previews == 0
     assert estimate_memory(config.replace(validation_prompt="an icon")).previews > drawn_weights(config)
     for looked_at in ({"holdout_images": 1}, {"validation_data_dir": "icons"}, {"image_loss_draws": 1}):
         assert estimate_memory(config.replace(**looked_at)).previews > drawn_weights(config)
 
 
-def test_class_images_count_when_they_are_drawn_and_fewer_at_once_is_advised(
+def test_class_images_count_when_generated_and_smaller_batches_are_advised(
     config: TrainConfig, icons: Path, tmp_path: Path
 ) -> None:
     prior = {"with_prior_preservation": True, "class_prompt": "an icon", "class_data_dir": str(tmp_path / "none")}
@@ -321,7 +321,7 @@ def test_the_peak_of_encoding_is_that_of_the_real_vae(config: TrainConfig) -> No
     assert measured == pytest.approx(peak + pixels.nbytes, rel=0.01)
 
 
-def test_neither_a_batch_nor_a_large_picture_lets_the_vae_need_more_than_an_image_of_1024_pixels() -> None:
+def test_the_vae_needs_no_more_for_batches_and_large_images_than_for_one_of_1024_pixels() -> None:
     model = ModelConfig(pretrained_model_name_or_path=SDXL)
     single, four = (measure_vae(model, torch.float32, images, 1024) for images in (1, 4))
     assert four.encode_peak < 1.05 * single.encode_peak
@@ -332,7 +332,7 @@ def test_neither_a_batch_nor_a_large_picture_lets_the_vae_need_more_than_an_imag
 
 
 @pytest.mark.parametrize("is_mended", [True, False])
-def test_a_vae_that_is_mended_for_fp16_counts_half(config: TrainConfig, tmp_path: Path, is_mended: bool) -> None:
+def test_a_vae_fixed_for_fp16_counts_half(config: TrainConfig, tmp_path: Path, is_mended: bool) -> None:
     vae = AutoencoderKL.from_pretrained(Path(config.model.pretrained_model_name_or_path) / "vae")
     vae.register_to_config(force_upcast=not is_mended)
     vae.save_pretrained(tmp_path)
@@ -367,7 +367,7 @@ def test_advice_says_whether_it_is_enough(config: TrainConfig) -> None:
     assert advice["--cache_latents --offload"] != "and the run fits"
 
 
-def test_a_run_says_before_it_starts_whether_it_fits(config: TrainConfig) -> None:
+def test_a_run_logs_before_it_starts_whether_it_fits(config: TrainConfig) -> None:
     (fits,) = preflight_lines(config, 100 * GIB)
     assert "100.0 GiB free" in fits
     need, *advice = preflight_lines(config, GIB // 2)
@@ -401,14 +401,14 @@ def test_shapes_come_from_the_base_or_from_sdxl(base: Path, tmp_path: Path) -> N
     assert widths == {"folder": 40, "tiny": 224, "hub": 2048, "file": 2048, "config": 40}
 
 
-def test_a_base_in_the_hub_cache_is_looked_at(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_base_in_the_hub_cache_is_read(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     cached = tmp_path / "config.json"
     shutil.copy(base / "unet" / "config.json", cached)
     monkeypatch.setattr("flatlora_diffusion.sdxl.shapes.try_to_load_from_cache", lambda *_, **__: str(cached))
     assert part_settings(ModelConfig(pretrained_model_name_or_path=SDXL), "unet")["cross_attention_dim"] == 40
 
 
-def test_an_estimate_draws_nothing_from_the_global_generator(config: TrainConfig) -> None:
+def test_an_estimate_does_not_use_the_global_generator(config: TrainConfig) -> None:
     before = torch.random.get_rng_state()
     estimate_memory(config.replace(rank=5, lora_dropout=0.2, gradient_checkpointing=True, train_text_encoder=True))
     assert torch.equal(torch.random.get_rng_state(), before)
@@ -429,7 +429,7 @@ def test_true_sdxl_has_its_sizes_and_fits_where_it_is_known_to_fit(sdxl_config: 
     assert sum(estimate.parts.values()) < 9 * GIB
 
 
-def test_the_lora_of_sdxl_has_the_parameters_that_its_layers_ask_for(sdxl_config: TrainConfig) -> None:
+def test_the_lora_of_sdxl_has_the_parameters_of_its_layers(sdxl_config: TrainConfig) -> None:
     """(inputs + outputs) * rank for q, k, v and out, of self- and of cross-attention to 2048 wide prompts."""
     per_rank = 0
     for width, blocks in ((640, 2 * 2 + 3 * 2), (1280, 2 * 10 + 10 + 3 * 10)):

@@ -32,7 +32,7 @@ def size(*tensors: Tensor) -> int:
     return sum(tensor.nbytes for tensor in tensors)
 
 
-def test_loading_holds_the_weights_and_the_largest_file_that_is_cast(config: TrainConfig, sdxl: Sdxl) -> None:
+def test_loading_takes_memory_for_the_weights_and_the_largest_cast_file(config: TrainConfig, sdxl: Sdxl) -> None:
     counts = {part: numbers(getattr(sdxl.pipeline, part)) for part in PARTS}
     samples = samples_of(config)
     as_it_is = estimate_cpu_memory(config.replace(mixed_precision="no"), samples)
@@ -82,7 +82,7 @@ def test_a_file_in_the_precision_of_the_run_is_mapped_and_not_copied(base: Path,
     assert taken["float32"] > 1.7 * size_of_file, "cast to twice the width"
 
 
-def test_of_a_single_file_all_that_is_cast_is_held(config: TrainConfig, sdxl: Sdxl, tmp_path: Path) -> None:
+def test_a_cast_single_file_is_held_whole(config: TrainConfig, sdxl: Sdxl, tmp_path: Path) -> None:
     counts = {part: numbers(getattr(sdxl.pipeline, part)) for part in PARTS}
     file = tmp_path / "base.safetensors"
     halves = {f"{part}.{name}": value.half() for part in PARTS for name, value in _weights(sdxl, part)}
@@ -105,7 +105,7 @@ def _weights(sdxl: Sdxl, part: str) -> list[tuple[str, Tensor]]:
     return [(name, value.detach().clone()) for name, value in getattr(sdxl.pipeline, part).named_parameters()]
 
 
-def test_the_caches_and_what_is_offloaded_are_those_of_a_real_run(config: TrainConfig, icons: Path) -> None:
+def test_caches_and_offloaded_parts_are_those_of_a_real_run(config: TrainConfig, icons: Path) -> None:
     config = config.replace(cache_latents=True, offload=True, prior_from_base=True, class_prompt="a thing")
     samples = samples_of(config)
     estimate, state = estimate_cpu_memory(config, samples), prepare(config, samples)
@@ -137,7 +137,7 @@ def test_sdxl_from_fp32_files_by_hand(config: TrainConfig) -> None:
     assert estimate_cpu_memory(other_halves, []).loading == 2 * (unet + encoders) + 4 * vae + 2 * unet
 
 
-def test_what_is_told_names_what_lowers_it(config: TrainConfig) -> None:
+def test_the_message_names_the_settings_that_lower_it(config: TrainConfig) -> None:
     samples = samples_of(config)
     (fits,) = cpu_lines(config, samples, 32 * GIB)
     assert "32.0 GiB free" in fits

@@ -15,7 +15,7 @@ def block(kib: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     return torch.empty(kib * KIB // dtype.itemsize, device="meta", dtype=dtype)
 
 
-def test_tensors_count_from_their_making_to_their_end() -> None:
+def test_tensors_count_from_creation_to_release() -> None:
     known = block(8)
     with LiveBytes([known]) as held:
         first = known + 1
@@ -27,7 +27,7 @@ def test_tensors_count_from_their_making_to_their_end() -> None:
         assert (held.live, held.peak) == (0, 16 * KIB)
 
 
-def test_views_and_changes_in_place_are_no_new_bytes() -> None:
+def test_views_and_in_place_changes_count_no_bytes() -> None:
     known = block(8)
     with LiveBytes([known]) as held:
         known.add_(1)
@@ -41,7 +41,7 @@ def test_views_and_changes_in_place_are_no_new_bytes() -> None:
         assert held.peak == 8 * KIB
 
 
-def test_what_backward_needs_stays_until_it_ran() -> None:
+def test_saved_tensors_count_until_backward_has_run() -> None:
     x = block(8).requires_grad_()
     with LiveBytes([x]) as held:
         loss = (x.exp() * 2).sum()  # exp keeps its result
@@ -66,7 +66,7 @@ def test_half_precision_computes_as_cuda_autocast_does() -> None:
         assert linear(x).dtype == norm(image).dtype == torch.float32
 
 
-def test_attention_keeps_no_matrix_of_all_pairs() -> None:
+def test_attention_saves_no_quadratic_matrix() -> None:
     query, key, value = (torch.empty(1, 2, 512, 8, device="meta").requires_grad_() for _ in range(3))
     with AsOnGpu(torch.float32), LiveBytes([query, key, value]) as held:
         output = F.scaled_dot_product_attention(query, key, value, is_causal=True)

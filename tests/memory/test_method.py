@@ -121,7 +121,7 @@ def peak_of_a_step(config: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> int:
     ],
     ids=str,
 )
-def test_a_step_of_the_method_holds_what_is_estimated(
+def test_a_step_of_each_method_takes_the_estimated_memory(
     wide: Path, monkeypatch: pytest.MonkeyPatch, settings: dict[str, Any]
 ) -> None:
     config = TrainConfig.from_dict(

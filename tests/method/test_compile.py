@@ -28,7 +28,7 @@ def case() -> Case:
     return Case(model, lambda module: module(inputs), normal(2, 5, 12))
 
 
-def test_a_model_under_low_rank_draws_is_compiled_once_and_trains_as_it_does_otherwise(case: Case) -> None:
+def test_a_model_with_low_rank_draws_compiles_once_and_trains_the_same(case: Case) -> None:
     eager = copy.deepcopy(case.model)
     backend = CompileCounterWithBackend("aot_eager")
     compiled: Any = torch.compile(case.model, backend=backend)
@@ -45,7 +45,7 @@ def test_a_model_under_low_rank_draws_is_compiled_once_and_trains_as_it_does_oth
     assert backend.frame_count == 1, "a graph break, or compiled again for another step"
 
 
-def test_full_draws_break_the_graph_a_few_times_a_layer(case: Case) -> None:
+def test_full_draws_break_the_graph_a_few_times_per_layer(case: Case) -> None:
     flat = FlatLora(case.model, schedule="constant", draw="full")
     with flat.perturb(1):
         report = torch._dynamo.explain(case.predict)(case.model)

@@ -23,7 +23,7 @@ def model() -> nn.Module:
     return toy_case().model
 
 
-def test_down_is_the_cosine_ramp_upside_down_and_sigma_may_be_more_than_one(model: nn.Module) -> None:
+def test_schedule_down_is_the_reversed_cosine_ramp_and_sigma_may_exceed_1(model: nn.Module) -> None:
     flat = FlatLora(model, sigma=1.4, schedule="down", total_steps=10)
     assert [round(flat.sigma_at(step), 6) for step in (0, 5, 10, 25)] == [1.4, 0.7, 0.0, 0.0]
     flat.detach()
@@ -54,7 +54,7 @@ def test_constant_is_sigma_from_the_first_step(model: nn.Module) -> None:
     assert [flat.sigma_at(step) for step in (0, 1, 9, 10, 99)] == [0.2] * 5
 
 
-def test_the_defaults_are_those_of_the_documentation(model: nn.Module) -> None:
+def test_the_documentation_has_the_defaults(model: nn.Module) -> None:
     flat = FlatLora(model)
     expected = FlatLora(
         toy_case().model, sigma=0.1, schedule="cosine", total_steps=500, seed=0, noise="filter", prefix="unet"
@@ -81,13 +81,13 @@ def test_the_defaults_are_those_of_the_documentation(model: nn.Module) -> None:
         ("seed", True),
     ],
 )
-def test_a_bad_setting_is_refused_by_its_name_and_value(model: nn.Module, setting: str, value: Any) -> None:
+def test_an_invalid_setting_is_refused_by_name_and_value(model: nn.Module, setting: str, value: Any) -> None:
     with pytest.raises(ConfigError, match=rf"(?s){setting}.*{value}"):
         FlatLora(model, **{setting: value})
 
 
 @pytest.mark.parametrize("sigma", [-0.1, math.nan, math.inf])
-def test_a_bad_sigma_override_is_refused(model: nn.Module, sigma: float) -> None:
+def test_an_invalid_sigma_override_is_refused(model: nn.Module, sigma: float) -> None:
     flat = FlatLora(model)
     with pytest.raises(ConfigError, match="sigma"), flat.perturb(step=1, sigma=sigma):
         pass
@@ -96,7 +96,7 @@ def test_a_bad_sigma_override_is_refused(model: nn.Module, sigma: float) -> None
 
 
 @pytest.mark.parametrize("key", [{"step": -1}, {"step": 1, "slot": -1}, {"step": 1.5}, {"step": 1, "slot": None}])
-def test_a_step_or_slot_that_is_no_count_is_refused(model: nn.Module, key: dict[str, Any]) -> None:
+def test_a_negative_or_fractional_step_or_slot_is_refused(model: nn.Module, key: dict[str, Any]) -> None:
     flat = FlatLora(model)
     with pytest.raises(ConfigError, match=r"(step|slot)=.* must be a whole number"), flat.perturb(**key):
         pass
@@ -127,7 +127,7 @@ def test_state_dict_carries_seed_sigma_schedule_and_total_steps(model: nn.Module
     assert json.loads(json.dumps(saved)) == saved, "a checkpoint's header is JSON"
 
 
-def test_settings_go_over_those_of_the_config(model: nn.Module) -> None:
+def test_arguments_override_the_config(model: nn.Module) -> None:
     flat = FlatLora(model, NoiseConfig(sigma=0.3, seed=4), seed=5)
     assert flat.config == NoiseConfig(sigma=0.3, seed=5)
     with pytest.raises(TypeError, match="rho"):
@@ -141,7 +141,7 @@ def test_a_state_with_an_eps_for_each_example_is_refused(model: nn.Module) -> No
         flat.load_state_dict({**flat.state_dict(), "per_example": True})
 
 
-def test_a_loaded_state_goes_on_with_the_same_noise(model: nn.Module) -> None:
+def test_a_loaded_state_continues_with_the_same_noise(model: nn.Module) -> None:
     first = FlatLora(model, **SAVED)
     second = FlatLora(toy_case().model)
     assert not torch.equal(second.noise("wide", step=7, slot=1), first.noise("wide", step=7, slot=1))
@@ -151,7 +151,7 @@ def test_a_loaded_state_goes_on_with_the_same_noise(model: nn.Module) -> None:
     assert torch.equal(second.noise("wide", step=7, slot=1), first.noise("wide", step=7, slot=1))
 
 
-def test_a_state_of_a_version_that_knew_full_draws_alone_goes_on_with_them(model: nn.Module) -> None:
+def test_a_state_from_before_low_rank_draws_continues_with_full_draws(model: nn.Module) -> None:
     state = FlatLora(toy_case().model, **SAVED, draw="full").state_dict()
     del state["draw"], state["norm_every"]
     flat = FlatLora(model)
@@ -162,7 +162,7 @@ def test_a_state_of_a_version_that_knew_full_draws_alone_goes_on_with_them(model
 
 
 @pytest.mark.parametrize("damage", ["missing", "unknown", "invalid sigma", "invalid schedule", "invalid total_steps"])
-def test_a_state_that_does_not_fit_is_refused_and_changes_nothing(model: nn.Module, damage: str) -> None:
+def test_a_state_of_another_model_is_refused_and_changes_nothing(model: nn.Module, damage: str) -> None:
     flat = FlatLora(model, schedule="constant")
     before, noise = flat.state_dict(), flat.noise("wide", step=3)
     bad: dict[str, Any] = {**before, **SAVED}
@@ -186,7 +186,7 @@ def test_a_state_that_does_not_fit_is_refused_and_changes_nothing(model: nn.Modu
 @pytest.mark.parametrize(
     "change", [{"noise": "iid"}, {"draw": "full"}, {"draw": "low_rank"}, {"prefix": "text_encoder"}]
 )
-def test_a_state_brings_its_kind_of_noise_and_its_prefix_along(model: nn.Module, change: dict[str, Any]) -> None:
+def test_a_state_restores_the_kind_of_noise_and_the_prefix(model: nn.Module, change: dict[str, Any]) -> None:
     saved = FlatLora(toy_case().model, schedule="constant", **change)
     flat = FlatLora(model, schedule="constant")
     flat.load_state_dict(saved.state_dict())

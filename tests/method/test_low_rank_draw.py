@@ -53,7 +53,7 @@ def one_layer_case() -> Case:
     return Case(model, lambda module: module(inputs), normal(2, 3, 5))
 
 
-def test_a_flat_lora_that_is_told_nothing_else_has_low_rank_draws_with_the_norms_of_each_step() -> None:
+def test_the_defaults_are_low_rank_draws_with_norms_of_each_step() -> None:
     settings = FlatLora(one_layer_case().model).config
     assert (settings.draw, settings.norm_every) == ("low_rank", 1)
 
@@ -78,7 +78,7 @@ def test_no_two_entries_are_correlated(z: Tensor) -> None:
     assert_mean(z[:, rows] * z[:, columns], 0, errors=5.5)
 
 
-def test_what_differs_from_full_draws_is_the_fourth_moment(z: Tensor) -> None:
+def test_only_the_fourth_moment_differs_from_full_draws(z: Tensor) -> None:
     """3 + 6 / k, of a sum of k products of two normal numbers; 3 would be that of a normal number."""
     assert_mean((z**4).mean(dim=1), 3 + 6 / DRAW_RANK, errors=5)
     assert float((z**4).mean()) > 4
@@ -116,7 +116,7 @@ def products(case: Case) -> Counter[str]:
 
 
 @pytest.mark.parametrize("targets", [(), ATTENTION_AND_CONV], ids=["attention", "convolutions"])
-def test_a_perturbed_pass_has_no_product_more_than_plain_lora(targets: tuple[str, ...]) -> None:
+def test_a_perturbed_pass_has_as_many_matrix_products_as_plain_lora(targets: tuple[str, ...]) -> None:
     """A layer that draws nothing in its passes, reads W as plain LoRA does and only has a wider branch."""
     case = unet_case(Adapter(targets=targets))
     flat = low_rank(case.model)
@@ -222,7 +222,7 @@ def test_a_lora_of_strength_zero_is_still_perturbed() -> None:
     torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
 
 
-def test_other_ranks_and_strengths_leave_the_draw_as_it_is() -> None:
+def test_the_draw_does_not_depend_on_rank_and_strength() -> None:
     """Arms that differ in them are compared under alike noise: only the norms of W' differ."""
     noises = []
     for adapter in (Adapter(), Adapter(rank=2, alpha=1)):
@@ -251,7 +251,7 @@ def drawn(groups: list[list[AdaptedLayer]]) -> list[Tensor]:
     return [draw.noise(layer.name) for layer in layers]
 
 
-def test_equal_layers_on_two_devices_have_draws_of_their_own(equal_layers: list[AdaptedLayer]) -> None:
+def test_equal_layers_on_two_devices_have_different_draws(equal_layers: list[AdaptedLayer]) -> None:
     first, second = drawn([[layer] for layer in equal_layers])
     assert abs(float(torch.cosine_similarity(first.flatten(), second.flatten(), dim=0))) < 5 / 30
 

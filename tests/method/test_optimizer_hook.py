@@ -74,7 +74,7 @@ def are_equal(first: Case, second: Case) -> bool:
     "make", [toy_case, llama_case, lambda: toy_case(Adapter(dora=True))], ids=["toy", "llama", "dora"]
 )
 @pytest.mark.parametrize("micro_batches", [1, 2])
-def test_following_trains_what_perturb_by_hand_trains(make: Callable[[], Case], micro_batches: int) -> None:
+def test_following_an_optimizer_equals_calling_perturb(make: Callable[[], Case], micro_batches: int) -> None:
     expected, case, plain = make(), make(), make()
     train_by_hand(expected, 3, micro_batches)
     train(plain, adam(plain.model), 3, micro_batches)
@@ -84,7 +84,7 @@ def test_following_trains_what_perturb_by_hand_trains(make: Callable[[], Case], 
     assert not are_equal(case, plain), "nothing was perturbed"
 
 
-def test_an_optimizer_that_comes_later_is_found_by_what_it_steps() -> None:
+def test_an_optimizer_created_later_is_found_by_its_parameters() -> None:
     expected, case, other = toy_case(), toy_case(), nn.Linear(2, 2)
     train_by_hand(expected, 3)
     flat = FlatLora(case.model, **SETTINGS)
@@ -127,7 +127,7 @@ def test_checkpointing_computes_the_same(reentrant: bool) -> None:
         torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5)
 
 
-def test_mixed_precision_trains_what_perturb_by_hand_trains() -> None:
+def test_following_in_mixed_precision_equals_calling_perturb() -> None:
     expected, case = toy_case(), toy_case()
     with torch.autocast("cpu", torch.bfloat16):
         train_by_hand(expected, 3)
@@ -137,7 +137,7 @@ def test_mixed_precision_trains_what_perturb_by_hand_trains() -> None:
     assert are_equal(case, expected)
 
 
-def test_a_step_that_a_scaler_skips_is_not_counted() -> None:
+def test_a_step_skipped_by_the_scaler_is_not_counted() -> None:
     case = toy_case()
     flat, optimizer = followed(case)
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0)
@@ -214,7 +214,7 @@ def test_two_processes_of_ddp_see_the_same_eps(tmp_path: Path) -> None:
     assert apart > 1e-3, "eps changed nothing"
 
 
-def test_a_resumed_run_goes_on_at_its_step() -> None:
+def test_a_resumed_run_continues_at_its_step() -> None:
     expected, case = toy_case(), toy_case()
     _, optimizer = followed(expected)
     train(expected, optimizer, 4)
@@ -251,7 +251,7 @@ def test_detach_ends_it() -> None:
 
 
 @pytest.mark.parametrize("wrong", ["other", "W", "no optimizer", "twice", "sharded"])
-def test_what_cannot_be_followed_is_told_in_a_sentence(wrong: str) -> None:
+def test_an_optimizer_that_cannot_be_followed_is_an_error(wrong: str) -> None:
     case = toy_case()
     flat, optimizer = FlatLora(case.model, **SETTINGS), adam(case.model)
     match wrong:
@@ -273,7 +273,7 @@ def test_what_cannot_be_followed_is_told_in_a_sentence(wrong: str) -> None:
         flat.follow(optimizer)
 
 
-def test_a_loop_that_never_trains_in_training_mode_is_told() -> None:
+def test_a_loop_that_never_enters_training_mode_is_warned_of() -> None:
     case = toy_case()
     _, optimizer = followed(case)
     case.model.eval()

@@ -77,7 +77,7 @@ def test_norms_are_those_of_the_first_step_of_each_interval(noise: NoiseKind, dr
     assert once.state_bytes > every.state_bytes
 
 
-def test_a_run_that_is_resumed_inside_an_interval_draws_what_the_unbroken_one_draws(draw: str) -> None:
+def test_a_run_resumed_within_an_interval_draws_the_same_eps(draw: str) -> None:
     models = []
     for _ in range(2):
         with seeded(0):
@@ -94,7 +94,7 @@ def test_a_run_that_is_resumed_inside_an_interval_draws_what_the_unbroken_one_dr
 
 
 @pytest.mark.parametrize(("rank", "together"), [(1, 16), (4, 4), (32, 1)])
-def test_no_more_layers_are_taken_together_than_fit_into_the_memory_of_one(
+def test_grouped_layers_take_no_more_memory_than_the_largest_layer(
     rank: int, together: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A, B and two products of B's size: 4 * 64 * rank numbers a layer, against the 64 * 64 of one eps."""
@@ -107,7 +107,7 @@ def test_no_more_layers_are_taken_together_than_fit_into_the_memory_of_one(
     assert max(sizes) == together
 
 
-def test_the_micro_batches_of_a_step_share_its_norms_and_the_next_step_takes_new_ones(
+def test_micro_batches_of_a_step_share_its_norms_and_the_next_step_computes_new_norms(
     draw: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     taken = []

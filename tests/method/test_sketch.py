@@ -88,7 +88,7 @@ def sketch_of(model: Any, calls: list[tuple[Tensor, Tensor]], seed: int = 0, ste
 
 @pytest.mark.parametrize("name", LAYERS)
 @pytest.mark.parametrize("calls", [1, 2], ids=["", "two micro-batches"])
-def test_a_slope_of_a_smaller_rank_is_sketched_whole(name: str, calls: int) -> None:
+def test_a_gradient_of_smaller_rank_is_sketched_exactly(name: str, calls: int) -> None:
     model = model_of(name)
     given = [few_places(model, name, seed) for seed in range(1, calls + 1)]
     expected = slope_by_autograd(model, given)
@@ -103,7 +103,7 @@ def assert_alike(actual: Tensor, expected: Tensor) -> None:
     torch.testing.assert_close(actual.double(), expected, rtol=1e-4, atol=1e-5 * float(expected.abs().max()))
 
 
-def test_a_layer_that_is_called_twice_in_one_pass_is_sketched_with_both() -> None:
+def test_a_layer_called_twice_in_one_pass_is_sketched_with_both_calls() -> None:
     model = model_of("linear")
     first, second = few_places(model, "linear", 1), few_places(model, "linear", 2)
     hook = WeightGradientHook([model])
@@ -114,7 +114,7 @@ def test_a_layer_that_is_called_twice_in_one_pass_is_sketched_with_both() -> Non
     assert_alike(factors[1] @ factors[0], slope_by_autograd(model, [first, second]))
 
 
-def test_a_larger_rank_is_sketched_by_a_projection_that_holds_most_of_it() -> None:
+def test_the_sketch_of_a_larger_rank_has_most_of_its_norm() -> None:
     model = model_of("linear")
     x, slope = normal(1, 64, 40) * torch.logspace(0, -2, 40), normal(2, 64, 24)
     whole = slope_by_autograd(model, [(x, slope)])
@@ -145,7 +145,7 @@ def test_a_sketch_is_a_function_of_seed_and_step_and_not_of_the_global_generator
     ],
     ids=str,
 )
-def test_sam_changes_the_gradient_as_the_whole_slope_does(
+def test_sam_changes_the_gradient_as_with_the_full_gradient(
     settings: dict[str, Any], least: float, tmp_path: Path
 ) -> None:
     """On the tiny base, which is trained, with W + rho G / ||G|| written into W by hand."""

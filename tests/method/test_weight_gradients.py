@@ -28,7 +28,7 @@ def case(dtype: torch.dtype = torch.float32) -> Case:
 
 
 @pytest.mark.parametrize("compute", [torch.bfloat16, torch.float16], ids=str)
-def test_the_slope_is_the_product_of_rounded_factors_added_up_in_fp32(compute: torch.dtype) -> None:
+def test_the_weight_gradient_is_the_product_of_rounded_factors_summed_in_fp32(compute: torch.dtype) -> None:
     """Rounded once more, as a product in half precision would be, it were 1e-3 away."""
     toy = case()
     seen: dict[str, list[Tensor]] = {}
@@ -69,7 +69,7 @@ class Products(TorchDispatchMode):
 
 
 @pytest.mark.skipif(not hasattr(torch.ops.aten.mm, "dtype"), reason="PyTorch before 2.8 has no such product")
-def test_a_gpu_never_multiplies_in_fp32_for_it() -> None:
+def test_a_gpu_computes_no_fp32_product_for_the_weight_gradient() -> None:
     """On `meta`, which has the products of a GPU; a CPU has none with an output in another dtype."""
     toy = case(torch.bfloat16)
     model = toy.model.to("meta")
