@@ -50,7 +50,7 @@ else
     part environment 60 "$PYTHON" -m torch.utils.collect_env
     read -r precision gigabytes < <("$PYTHON" -c '
 import torch
-from flatlora_diffusion.sdxl.device import has_bf16
+from flatlora_diffusion.families.device import has_bf16
 device = torch.device("cuda")
 print("bf16" if has_bf16(device) else "fp16", torch.cuda.get_device_properties(device).total_memory // 10**9)')
     if [ -z "${precision:-}" ]; then

@@ -27,13 +27,13 @@ from benchmarks.population_icons import second_style, style_3d
 from benchmarks.population_subjects import SUBJECTS as ALL, Subject
 from benchmarks.populations import BASE, UNIT, Study
 from flatlora_diffusion.evaluation.probe import draw_losses
+from flatlora_diffusion.families.sdxl.objective import SdxlObjective
 from flatlora_diffusion.flatness.perturbed_models import round_to
 from flatlora_diffusion.lora_files.loading import lora_scale, loras_loaded
 from flatlora_diffusion.lora_files.names import base_names
 from flatlora_diffusion.lora_files.paths import LoraFile
 from flatlora_diffusion.lora_tools.averaging import average_updates
 from flatlora_diffusion.lora_tools.converting import read_lora_file, write_lora
-from flatlora_diffusion.sdxl.objective import Objective
 from flatlora_diffusion.storage.atomic_io import atomic_write, file_sha256
 
 LIST = "known 200"
@@ -92,13 +92,13 @@ class Uses:
 
     def _measure(self, style: Study, files: Sequence[Path], group: int, use: str) -> Tensor:
         sdxl = style.sdxl
-        probe, objective = style.probes(group)[LIST], Objective(sdxl.scheduler)
+        probe, objective = style.probes(group)[LIST], SdxlObjective(sdxl.scheduler)
         loras = [LoraFile(file) for file in files]
-        with in_bits(sdxl.unet, BITS.get(use)):
+        with in_bits(sdxl.denoiser, BITS.get(use)):
             if not loras:
-                return draw_losses(sdxl.unet, objective, probe)
+                return draw_losses(sdxl.denoiser, objective, probe)
             with loras_loaded(sdxl.pipeline, loras), lora_scale(sdxl.pipeline, loras, 1.0, merge=False):
-                return draw_losses(sdxl.unet, objective, probe)
+                return draw_losses(sdxl.denoiser, objective, probe)
 
 
 @contextmanager

@@ -41,6 +41,8 @@ from flatlora_diffusion.compare.arms import PlannedRun, parse_arm, plan_runs
 from flatlora_diffusion.config import ModelConfig, TrainConfig
 from flatlora_diffusion.data.dataset import load_samples
 from flatlora_diffusion.evaluation.probe import Probe, draw_losses, fixed_probe, resample
+from flatlora_diffusion.families.sdxl.objective import SdxlObjective
+from flatlora_diffusion.families.sdxl.pipeline import load_sdxl
 from flatlora_diffusion.lora_files.loading import lora_scale, loras_loaded
 from flatlora_diffusion.lora_files.names import base_names
 from flatlora_diffusion.lora_files.paths import LoraFile
@@ -49,8 +51,6 @@ from flatlora_diffusion.lora_tools.converting import read_lora_file, write_lora
 from flatlora_diffusion.method.gradient import StepGradient
 from flatlora_diffusion.method.rivals.sam import Sam
 from flatlora_diffusion.method.rivals.sketch import Sketches
-from flatlora_diffusion.sdxl.objective import Objective
-from flatlora_diffusion.sdxl.pipeline import load_sdxl
 from flatlora_diffusion.storage.atomic_io import atomic_write, file_sha256
 from flatlora_diffusion.training.trainer import train
 
@@ -106,8 +106,7 @@ class Study:
 
     def probes(self, group: int) -> dict[str, Probe]:
         """The icons of every list under the draws of a group."""
-        steps = self.sdxl.scheduler.config.num_train_timesteps
-        return {name: resample(probe, group, steps) for name, probe in self._first_probes.items()}
+        return {name: resample(probe, self.sdxl, group) for name, probe in self._first_probes.items()}
 
     def rows(self, subject: Subject, group: int) -> Iterator[Row]:
         """Every row of a subject in a group, trained and measured where it is missing."""
@@ -194,7 +193,7 @@ class Study:
         return {name: values.double() for name, values in load_file(cache).items()}
 
     def _measure(self, file: Path | None, group: int, strength: float) -> dict[str, Tensor]:
-        objective, unet = Objective(self.sdxl.scheduler), self.sdxl.unet
+        objective, unet = SdxlObjective(self.sdxl.scheduler), self.sdxl.denoiser
         if file is None:
             return {name: draw_losses(unet, objective, probe) for name, probe in self.probes(group).items()}
         pipeline, files = self.sdxl.pipeline, [LoraFile(file)]

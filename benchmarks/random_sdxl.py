@@ -14,8 +14,9 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 
 from benchmarks.record import DEVICE
 from flatlora_diffusion.config import TINY, ModelConfig
-from flatlora_diffusion.sdxl.loading import base_path, load_pipeline
-from flatlora_diffusion.sdxl.shapes import part_settings
+from flatlora_diffusion.families.paths import base_path
+from flatlora_diffusion.families.sdxl.loading import load_pipeline
+from flatlora_diffusion.families.sdxl.shapes import part_settings
 
 SDXL = ModelConfig(pretrained_model_name_or_path="stabilityai/stable-diffusion-xl-base-1.0")
 

@@ -33,13 +33,13 @@ from benchmarks.train_step import RANK, noise_schedule, our_step, report, state_
 from benchmarks.turns import Step, launches_in, peak_bytes, timed
 from flatlora_diffusion.adapter.lora import add_lora
 from flatlora_diffusion.config import AdapterConfig, ModelConfig
+from flatlora_diffusion.families.batch import Batch
+from flatlora_diffusion.families.sdxl.shapes import on_meta
 from flatlora_diffusion.method import noise
 from flatlora_diffusion.method.build import step_gradient
 from flatlora_diffusion.method.gradient import GradientInputs
 from flatlora_diffusion.method.low_rank_draw import DRAW_RANK, LowRankDraw
 from flatlora_diffusion.method.row_norms import RowStdCache
-from flatlora_diffusion.sdxl.objective import Batch
-from flatlora_diffusion.sdxl.shapes import on_meta
 from flatlora_diffusion.training.state import Progress, TrainState
 
 ARMS: dict[str, dict[str, Any]] = {
@@ -123,9 +123,13 @@ def plain_state(base: str, resolution: int, folder: str) -> TrainState:
     pooled = sizes.projection_class_embeddings_input_dim - TIME_IDS * sizes.addition_time_embed_dim
     batch = Batch(
         latents=torch.randn(1, 4, side, side, generator=rng),
-        prompt_embeds=torch.randn(1, PROMPT_TOKENS, sizes.cross_attention_dim, generator=rng),
-        pooled_prompt_embeds=torch.randn(1, pooled, generator=rng),
-        add_time_ids=torch.tensor([[resolution, resolution, 0, 0, resolution, resolution]], dtype=torch.float32),
+        prompts={
+            "prompt_embeds": torch.randn(1, PROMPT_TOKENS, sizes.cross_attention_dim, generator=rng),
+            "pooled_prompt_embeds": torch.randn(1, pooled, generator=rng),
+        },
+        geometry={
+            "add_time_ids": torch.tensor([[resolution, resolution, 0, 0, resolution, resolution]], dtype=torch.float32)
+        },
     ).map(lambda tensor: tensor.to(record.DEVICE))
     settings = {**ARMS["lora"], "rank": RANK, "mixed_precision": "bf16"}
     return state_of(unet, settings, noise_schedule(), batch, folder)

@@ -37,12 +37,13 @@ from benchmarks.turns import Step, compare
 from flatlora_diffusion.config import SAMPLES, TrainConfig
 from flatlora_diffusion.data.batches import Batches
 from flatlora_diffusion.data.dataset import Sample, load_samples
+from flatlora_diffusion.families.base import Base
+from flatlora_diffusion.families.batch import Batch
+from flatlora_diffusion.families.device import DTYPES
+from flatlora_diffusion.families.paths import base_path
+from flatlora_diffusion.families.sdxl.objective import SdxlObjective
 from flatlora_diffusion.method.build import step_gradient
 from flatlora_diffusion.method.gradient import GradientInputs
-from flatlora_diffusion.sdxl.device import DTYPES
-from flatlora_diffusion.sdxl.loading import base_path
-from flatlora_diffusion.sdxl.objective import Batch, Objective
-from flatlora_diffusion.sdxl.pipeline import Sdxl
 from flatlora_diffusion.storage.run_dir import RunDir
 from flatlora_diffusion.training.checkpoint import start_run
 from flatlora_diffusion.training.first_gradients import start_from_gradients
@@ -158,9 +159,11 @@ def block_arms(folder: str) -> tuple[dict[str, Step], int]:
     device = Accelerator().device
     batch = Batch(
         latents=torch.randn(1, WIDTH, SIDE, SIDE, generator=generator),
-        prompt_embeds=torch.randn(1, PROMPT_TOKENS, PROMPT_WIDTH, generator=generator),
-        pooled_prompt_embeds=torch.zeros(1, WIDTH),
-        add_time_ids=torch.zeros(1, 6),
+        prompts={
+            "prompt_embeds": torch.randn(1, PROMPT_TOKENS, PROMPT_WIDTH, generator=generator),
+            "pooled_prompt_embeds": torch.zeros(1, WIDTH),
+        },
+        geometry={"add_time_ids": torch.zeros(1, 6)},
     ).map(lambda tensor: tensor.to(device))
     scheduler = noise_schedule()
     arms = {"plain": plain_step(Block().to(device), scheduler, batch)}
@@ -214,9 +217,9 @@ def state_of(model: nn.Module, changes: dict[str, Any], scheduler: Any, batch: B
     model, optimizer = accelerator.prepare(model, optimizer)
     return TrainState(
         accelerator=accelerator,
-        sdxl=cast(Sdxl, None),
+        base=cast(Base, None),
         model=model,
-        objective=Objective(scheduler),
+        objective=SdxlObjective(scheduler),
         trainable=trainable,
         optimizer=optimizer,
         lr_schedule=lr_schedule,
@@ -225,7 +228,7 @@ def state_of(model: nn.Module, changes: dict[str, Any], scheduler: Any, batch: B
         total_steps=10_000,
         ema=None,
         tokens={},
-        base=None,
+        base_name=None,
         progress=Progress(config, gradient),
     )
 
@@ -246,8 +249,8 @@ def plain_step(model: Any, scheduler: Any, batch: Batch, dtype: torch.dtype = to
     """The step of diffusers' script with cached latents and a single prompt: what a user would write without us."""
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer, lr_schedule = optimizer_of(parameters)
-    added = {"text_embeds": batch.pooled_prompt_embeds, "time_ids": batch.add_time_ids}
-    count = scheduler.config.num_train_timesteps
+    added = {"text_embeds": batch.prompts["pooled_prompt_embeds"], "time_ids": batch.geometry["add_time_ids"]}
+    embeds, count = batch.prompts["prompt_embeds"], scheduler.config.num_train_timesteps
 
     def step(_: int) -> float:
         latents = batch.latents
@@ -255,7 +258,7 @@ def plain_step(model: Any, scheduler: Any, batch: Batch, dtype: torch.dtype = to
         timesteps = torch.randint(0, count, (len(latents),), device=latents.device)
         noisy = scheduler.add_noise(latents, noise, timesteps)
         with torch.autocast(latents.device.type, dtype, enabled=dtype != torch.float32):
-            output = model(noisy, timesteps, batch.prompt_embeds, added_cond_kwargs=added, return_dict=False)[0]
+            output = model(noisy, timesteps, embeds, added_cond_kwargs=added, return_dict=False)[0]
         loss = F.mse_loss(output.float(), noise.float(), reduction="mean")
         loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)

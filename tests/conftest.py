@@ -24,7 +24,7 @@ from playwright.sync_api import Browser
 
 if TYPE_CHECKING:
     from flatlora_diffusion.config import TrainConfig
-    from flatlora_diffusion.sdxl.pipeline import Sdxl
+    from flatlora_diffusion.families.sdxl.pipeline import Sdxl
 
 DURATIONS = Path(__file__).with_name(".durations.json")
 
@@ -98,7 +98,7 @@ def lora(base: Path, icons: Path, tmp_path_factory: pytest.TempPathFactory) -> P
 def sdxl(base: Path) -> Sdxl:
     """`base`, loaded in fp32 without a LoRA."""
     from flatlora_diffusion.config import ModelConfig
-    from flatlora_diffusion.sdxl.pipeline import load_sdxl
+    from flatlora_diffusion.families.sdxl.pipeline import load_sdxl
 
     return load_sdxl(ModelConfig(pretrained_model_name_or_path=str(base)), torch.device("cpu"), torch.float32)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ PACKAGE = ROOT / "flatlora_diffusion"
 FLOORS = [
     {"config"},
     {"storage"},
-    {"charts", "method", "sdxl"},
+    {"charts", "families", "method"},
     {"adapter", "other_trainers"},
     {"data", "lora_files"},
     {"lora_tools", "evaluation", "memory"},
@@ -39,6 +40,15 @@ APP_FLOORS = [
 ]
 APP_FLOOR = {name: floor for floor, names in enumerate(APP_FLOORS) for name in names}
 LINES = 500  # a longer module probably holds a second idea
+# Kohya's layout of LoRA files exists for SDXL alone.
+KNOW_SDXL = {"flatlora_diffusion/lora_files/kohya.py"}
+SDXL_WORDS = (r"\.unet\b", r"pooled", r"add_time_ids", r"time_ids", r"text_encoder_2", r"prompt_embeds")
+NAME_PARTS_OF_SDXL = {
+    "flatlora_diffusion/config/model.py",  # names the parts of pipelines for all modules
+    "flatlora_diffusion/lora_files/kohya.py",  # SDXL's layout
+    "flatlora_diffusion/lora_tools/tool_support.py",  # which names of SDXL's layers other tools read
+    "flatlora_diffusion/lora_tools/diffusers_support.py",  # the same of diffusers' loader for SDXL
+}
 OURS = ("flatlora_diffusion", "app")
 APP = ROOT / "app"
 MODULES = sorted(path for folder in OURS for path in (ROOT / folder).rglob("*.py"))
@@ -191,6 +201,43 @@ def test_files_and_finished_runs_are_read_without_the_trainer(name: str) -> None
 def test_the_app_never_imports_the_trainer() -> None:
     for path in APP.rglob("*.py"):
         assert "flatlora_diffusion.training.trainer" not in imported(path), named(path)
+
+
+def family_modules() -> set[str]:
+    """The packages of single families."""
+    return {path.name for path in (PACKAGE / "families").iterdir() if (path / "__init__.py").is_file()}
+
+
+def test_only_the_registry_knows_the_families_by_name() -> None:
+    """`registry.py` names them as text, so that it imports them on first use."""
+    found = {
+        named(path)
+        for path in MODULES
+        for module in imported(path)
+        for family in family_modules()
+        if f"{module}.".startswith(f"flatlora_diffusion.families.{family}.")
+        and path.parent != PACKAGE / "families" / family
+    }
+    assert found == KNOW_SDXL
+    text = (PACKAGE / "families" / "registry.py").read_text(encoding="utf-8")
+    assert all(f"flatlora_diffusion.families.{family}." in text for family in family_modules())
+
+
+def test_a_family_s_names_of_models_and_inputs_stay_in_it() -> None:
+    foreign = [
+        f"{named(path)}: {word}"
+        for path in MODULES
+        if path.parent != PACKAGE / "families" / "sdxl" and named(path) not in NAME_PARTS_OF_SDXL
+        for word in SDXL_WORDS
+        if re.search(word, path.read_text(encoding="utf-8"))
+    ]
+    assert not foreign
+
+
+def test_each_exception_for_names_of_a_family_is_needed() -> None:
+    for name in NAME_PARTS_OF_SDXL:
+        text = (ROOT / name).read_text(encoding="utf-8")
+        assert any(re.search(word, text) for word in SDXL_WORDS), name
 
 
 def test_no_test_needs_a_benchmark_and_the_product_neither() -> None:

@@ -10,7 +10,7 @@ from diffusers import AutoencoderKL, EulerDiscreteScheduler, StableDiffusionXLPi
 from PIL import Image, ImageDraw
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
-from flatlora_diffusion.sdxl.loading import base_path
+from flatlora_diffusion.families.paths import base_path
 
 RESOLUTION = 32
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from huggingface_hub import try_to_load_from_cache
 
-from flatlora_diffusion.sdxl.loading import base_path
+from flatlora_diffusion.families.paths import base_path
 
 _MODELS = ("--pretrained_model_name_or_path", "--pretrained_vae_model_name_or_path")
 _REVISION = "--revision"

@@ -11,6 +11,7 @@ from PIL import Image
 from flatlora_diffusion.config import ModelConfig
 from flatlora_diffusion.data.dataset import SampleSet
 from flatlora_diffusion.data.images import load_image
+from flatlora_diffusion.families.registry import family_of
 
 from ..uploads.captioned_folder import caption_of, version_of
 from ..uploads.decoding import DECODING
@@ -71,9 +72,7 @@ def training_size(model: ModelConfig, resolution: int | None) -> int:
     """The training resolution in pixels; for None the base's own, from its configs."""
     if resolution is not None:
         return resolution
-    from flatlora_diffusion.sdxl.shapes import native_size  # imports diffusers, which takes seconds
-
-    return native_size(model)
+    return family_of(model).sizes(model).native
 
 
 def framing(model: ModelConfig, resolution: int | None, background: str, has_buckets: bool) -> Framing:
@@ -81,9 +80,7 @@ def framing(model: ModelConfig, resolution: int | None, background: str, has_buc
     size = training_size(model, resolution)
     if not has_buckets:
         return Framing(background, size)
-    from flatlora_diffusion.sdxl.shapes import size_step
-
-    return Framing(background, size, size_step(model))
+    return Framing(background, size, family_of(model).sizes(model).step)
 
 
 def load_view(uploads: Uploads, thumbnails: Thumbnails, session: str, framed: Framing) -> DatasetView:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from flatlora_diffusion.config import ModelConfig
+from flatlora_diffusion.families.base_title import TINY_TITLE, is_tiny
 from flatlora_diffusion.gallery.png_text import bare_name
-from flatlora_diffusion.sdxl.base_title import TINY_TITLE, is_tiny
 
 
 def base_name(name_or_path: str) -> str:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from flatlora_diffusion.config import TINY, ConfigError, ImportConfig, ModelConfig
-from flatlora_diffusion.sdxl.loading import base_path
+from flatlora_diffusion.families.registry import family_of
 from flatlora_diffusion.storage.atomic_io import write_json
 from flatlora_diffusion.storage.run_dir import LORA_FILE, RunDir
 from flatlora_diffusion.storage.saved_config import portable
@@ -66,7 +66,7 @@ def import_lora_file(runs: RunStore, file: Path, base: str) -> Imported:
         with _said_of(file):
             lora = read_lora_file(str(file), base)
             import_file(ImportConfig(file=str(file), base=base, output=str(folder / LORA_FILE)))
-        settings = _settings(runs, base, lora.base.unet)
+        settings = _settings(runs, base)
         ranks = sorted({layer.rank for layer in lora.layers})
         _describe(folder, settings, Origin(file.name, file_hash(file), len(lora.layers), ranks))
         run_id = runs.paths.reserve(file.stem)
@@ -117,7 +117,7 @@ def _folder_beside(runs: RunStore) -> Iterator[Path]:
         yield folder
 
 
-def _settings(runs: RunStore, base: str, unet: Any) -> dict[str, Any]:
+def _settings(runs: RunStore, base: str) -> dict[str, Any]:
     """How the base is loaded: as for the newest run on it."""
     names = [item.name for item in fields(ModelConfig)]
     for run in runs.all():
@@ -125,13 +125,8 @@ def _settings(runs: RunStore, base: str, unet: Any) -> dict[str, Any]:
         if values.get("pretrained_model_name_or_path") == base and values.get("resolution"):
             model = {name: values[name] for name in names if name in values}
             return {"method": IMPORTED, **model, "resolution": values["resolution"]}
-    return {"method": IMPORTED, "pretrained_model_name_or_path": base, "resolution": _base_resolution(base, unet)}
-
-
-def _base_resolution(base: str, unet: Any) -> int:
-    """The base's resolution in pixels: its latent size times the VAE's downscaling (8 for SDXL)."""
-    levels = read_json(Path(base_path(base)) / "vae" / "config.json").get("block_out_channels", [0] * 4)
-    return int(unet.config.sample_size) * 2 ** (len(levels) - 1)
+    native = family_of(ModelConfig(base)).sizes(ModelConfig(base)).native
+    return {"method": IMPORTED, "pretrained_model_name_or_path": base, "resolution": native}
 
 
 def _describe(folder: Path, settings: Mapping[str, Any], origin: Origin) -> None:

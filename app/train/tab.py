@@ -13,7 +13,8 @@ import gradio as gr
 
 from flatlora_diffusion.config import METHODS, ConfigError, TrainConfig
 from flatlora_diffusion.data.dataset import load_samples
-from flatlora_diffusion.sdxl.base_title import TINY_TITLE, base_title, is_tiny
+from flatlora_diffusion.families.base_title import TINY_TITLE, is_tiny
+from flatlora_diffusion.families.registry import base_title
 
 from ..context import AppContext
 from ..dataset.view import training_size

@@ -10,12 +10,12 @@ from torch import Tensor
 
 from flatlora_diffusion.adapter.full import full_delta
 from flatlora_diffusion.adapter.layers import ADAPTER, base_weight, lora_layers
+from flatlora_diffusion.adapter.parts import parts_of
 from flatlora_diffusion.adapter.svd_start import ANCHOR
-from flatlora_diffusion.config import TEXT_PARTS
+from flatlora_diffusion.config import DENOISERS
 from flatlora_diffusion.method.layers import factors_of, scale_of, square_norm
 from flatlora_diffusion.storage.rng import generator
 
-PARTS = ("unet", *TEXT_PARTS)
 FOLD_RANK = 32  # of the plain LoRA that approximates a DoRA, whose update has full rank
 _POWER_STEPS = 4
 # Range of a factor's largest entry in fp16; outside some entries are subnormal or infinite.
@@ -95,7 +95,7 @@ def plain_updates(pipeline: Any, updates: Updates) -> tuple[Updates, float]:
 
 def shared_path(part: str, module: str) -> str:
     """The module path as all tools know it, with the `text_model.` that transformers has dropped from CLIP-L."""
-    return module if part == "unet" else f"text_model.{module.removeprefix('text_model.')}"
+    return module if part in DENOISERS else f"text_model.{module.removeprefix('text_model.')}"
 
 
 def with_magnitudes(direction: Tensor, magnitude: Tensor) -> Tensor:
@@ -167,7 +167,7 @@ def update_norms(updates: Mapping[str, Mapping[str, Update]]) -> dict[str, float
 
 def _layers(pipeline: Any) -> Iterator[tuple[str, dict[str, Any]]]:
     """The LoRA layers by module path of each part that has any."""
-    for part in PARTS:
+    for part in parts_of(pipeline):
         layers = lora_layers(getattr(pipeline, part))
         if layers:
             yield part, {shared_path(part, name): layer for name, layer in layers.items()}

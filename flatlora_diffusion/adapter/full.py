@@ -18,6 +18,7 @@ from peft import LoraConfig
 from torch import Tensor, nn
 
 from flatlora_diffusion.adapter.layers import ADAPTER, base_weight, lora_layers
+from flatlora_diffusion.adapter.parts import denoiser_of
 from flatlora_diffusion.config import AdapterConfig
 
 
@@ -58,16 +59,19 @@ def full_delta(layer: Any) -> Tensor | None:
 @torch.no_grad()
 def save_merged(pipeline: Any, folder: Path) -> None:
     """Save the pipeline in diffusers' format, with W' in place of W in the dtype of W."""
-    unet = pipeline.unet
+    part = denoiser_of(pipeline)
+    denoiser = getattr(pipeline, part)
     tensors = {
-        name.replace(".base_layer.", "."): value for name, value in unet.state_dict().items() if ".lora_" not in name
+        name.replace(".base_layer.", "."): value
+        for name, value in denoiser.state_dict().items()
+        if ".lora_" not in name
     }
-    layers: Mapping[str, Any] = lora_layers(unet)
+    layers: Mapping[str, Any] = lora_layers(denoiser)
     for name, layer in layers.items():
         base = layer.get_base_layer()
         merged = base_weight(base).cpu() + layer.lora_B[ADAPTER].weight.float().cpu()
         tensors[f"{name}.weight"] = merged.to(base.weight.dtype)
     with init_empty_weights():  # the weights are assigned below
-        merged_unet = type(unet).from_config(unet.config)
-    merged_unet.load_state_dict(tensors, assign=True)
-    type(pipeline)(**{**pipeline.components, "unet": merged_unet}).save_pretrained(folder)
+        merged_denoiser = type(denoiser).from_config(denoiser.config)
+    merged_denoiser.load_state_dict(tensors, assign=True)
+    type(pipeline)(**{**pipeline.components, part: merged_denoiser}).save_pretrained(folder)

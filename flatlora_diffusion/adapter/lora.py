@@ -1,4 +1,4 @@
-"""Add LoRA layers to the UNet and optionally the text encoders, initialized from a seed and kept in fp32."""
+"""Add LoRA layers to the denoiser and optionally the text encoders, initialized from a seed and kept in fp32."""
 
 from __future__ import annotations
 
@@ -7,37 +7,33 @@ from functools import partial
 from typing import Any
 
 import torch
-from diffusers import UNet2DConditionModel
 from diffusers.training_utils import cast_training_params
 from peft import AdaLoraConfig, LoraConfig
 from torch import Tensor, nn
 
 from flatlora_diffusion.adapter.adalora import adalora_config, initialize
 from flatlora_diffusion.adapter.layers import ADAPTER, base_weight, check_adaptable, lora_layers
+from flatlora_diffusion.adapter.targets import split, target_sets
 from flatlora_diffusion.config import ADAPTERS, AdapterConfig, ConfigError, function_at
 from flatlora_diffusion.storage.rng import generator
 
-ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
-FEED_FORWARD = ("ff.net.0.proj", "ff.net.2")
 TEXT_ATTENTION = ("q_proj", "k_proj", "v_proj", "out_proj")
 BLORA_BLOCKS = "up_blocks.0.attentions.0,up_blocks.0.attentions.1"
-# Other tools have no names for LoRAs of conv_in, conv_out, time_embedding and add_embedding.
-_BODY = ("down_blocks.", "mid_block.", "up_blocks.")
 
 
 def add_lora(
-    unet: UNet2DConditionModel,
+    denoiser: Any,
     config: AdapterConfig,
     seed: int,
     text_encoders: Mapping[str, Any] | None = None,
     clip_skip: int | None = None,
 ) -> None:
-    """Add a LoRA to the chosen layers of the UNet and to the attention of the text encoders.
+    """Add a LoRA to the chosen layers of the denoiser and to the attention of the text encoders.
 
     A ~ N(0, 1/rank^2) is a function of (seed, part, layer), B = 0, both fp32; some adapters initialize otherwise.
 
     Args:
-        unet: the UNet.
+        denoiser: the model that denoises.
         config: rank, targets and kind of the adapter.
         seed: the seed of A.
         text_encoders: text encoders by part of the pipeline.
@@ -46,14 +42,14 @@ def add_lora(
     Raises:
         ConfigError: the settings match no layer, or a layer that cannot have this adapter; nothing is added.
     """
-    for model, lora, path in planned_loras(unet, config, text_encoders, clip_skip):
+    for model, lora, path in planned_loras(denoiser, config, text_encoders, clip_skip):
         _add_adapter(model, lora, seed, path)
         if (start := ADAPTERS[config.adapter].start) is not None:
             function_at(start)(model, lora, config, seed)
 
 
 def planned_loras(
-    unet: UNet2DConditionModel,
+    denoiser: Any,
     config: AdapterConfig,
     text_encoders: Mapping[str, Any] | None = None,
     clip_skip: int | None = None,
@@ -62,17 +58,17 @@ def planned_loras(
 
     Takes the same arguments and raises the same errors as `add_lora`; models on the meta device will do.
     """
-    loras = [(unet, _unet_lora_config(unet, config), "")]
+    loras = [(denoiser, _denoiser_lora_config(denoiser, config), "")]
     for part, encoder in (text_encoders or {}).items():
         loras.append((encoder, _text_lora_config(encoder, config, part, clip_skip), f"{part}."))
     return loras
 
 
-def _unet_lora_config(unet: UNet2DConditionModel, config: AdapterConfig) -> LoraConfig:
-    targets = unet_targets(unet, config)
+def _denoiser_lora_config(denoiser: Any, config: AdapterConfig) -> LoraConfig:
+    targets = denoiser_targets(denoiser, config)
     ranks = _block_ranks(config.lora_block_ranks, targets)
     for name in targets:
-        check_adaptable(config.adapter, name, unet.get_submodule(name), ranks.get(name, config.rank))
+        check_adaptable(config.adapter, name, denoiser.get_submodule(name), ranks.get(name, config.rank))
     if config.adapter == "adalora":
         return adalora_config(config.rank, config.lora_alpha, config.lora_dropout, targets)
     return LoraConfig(
@@ -93,7 +89,7 @@ def _text_lora_config(text_encoder: Any, config: AdapterConfig, part: str, clip_
     """The config for the attention of a text encoder, without DoRA: diffusers does not load its magnitudes there.
 
     SDXL reads the penultimate layer of the first encoder, or `clip_skip` layers before it. Layers behind that have no
-    gradient and get no LoRA. Of the second encoder SDXL also reads the pooled output of the last layer.
+    gradient and get no LoRA. Of the second encoder SDXL also reads the last layer.
     """
     unused = 1 + (clip_skip or 0) if part == "text_encoder" else 0
     count = text_encoder.config.num_hidden_layers - unused
@@ -116,20 +112,21 @@ def _text_lora_config(text_encoder: Any, config: AdapterConfig, part: str, clip_
     )
 
 
-def unet_targets(unet: nn.Module, config: AdapterConfig) -> list[str]:
-    """The module paths of the UNet that get a LoRA. Raises ConfigError if the settings match none."""
-    modules = {name: module for name, module in unet.named_modules() if isinstance(module, nn.Linear | nn.Conv2d)}
-    chosen = [name for name, module in modules.items() if _is_target(name, module, config.lora_target_modules)]
+def denoiser_targets(denoiser: nn.Module, config: AdapterConfig) -> list[str]:
+    """The module paths of the denoiser that get a LoRA. Raises ConfigError if the settings match none."""
+    sets = target_sets(denoiser)
+    modules = {name: module for name, module in denoiser.named_modules() if isinstance(module, nn.Linear | nn.Conv2d)}
+    chosen = [name for name, module in modules.items() if sets.has(name, module, config.lora_target_modules)]
     if not chosen:
         raise ConfigError(
-            f"lora_target_modules={config.lora_target_modules!r} matches no layer of the UNet; "
+            f"lora_target_modules={config.lora_target_modules!r} matches no layer of the {sets.title}; "
             "use attn, attn+ff, all-linear, conv, or ends of layer names such as to_q,to_v"
         )
     blocks = BLORA_BLOCKS if config.use_blora else config.lora_unet_blocks
     if blocks is None:
         return chosen
     inside: list[str] = []
-    for block in _split(blocks):
+    for block in split(blocks):
         in_block = [name for name in chosen if _is_inside(name, block)]
         if not in_block:
             raise ConfigError(
@@ -184,22 +181,10 @@ def _norm_in_fp32(norm: Callable[..., Tensor], weight: Tensor, *args: Any, **kwa
     return norm(weight.float(), *args, **kwargs)
 
 
-def _is_target(name: str, module: nn.Module, targets: str) -> bool:
-    if not name.startswith(_BODY):
-        return False
-    if targets == "attn":
-        return name.endswith(ATTENTION)
-    if targets == "attn+ff":
-        return name.endswith(ATTENTION + FEED_FORWARD)
-    if targets == "all-linear":
-        return isinstance(module, nn.Linear)
-    return targets == "conv" or any(name == end or name.endswith(f".{end}") for end in _split(targets))
-
-
 def _block_ranks(text: str | None, targets: list[str]) -> dict[str, int]:
     """Parse `mid_block=16,up_blocks.0=8` to a rank by target layer; a later block overrides an earlier."""
     ranks: dict[str, int] = {}
-    for part in _split(text or ""):
+    for part in split(text or ""):
         block, _, rank = part.partition("=")
         if not rank.strip().isdigit() or int(rank) < 1:
             raise ConfigError(f"lora_block_ranks: {part!r} must be BLOCK=RANK, such as mid_block=16")
@@ -211,9 +196,5 @@ def _block_ranks(text: str | None, targets: list[str]) -> dict[str, int]:
 
 
 def _is_inside(name: str, block: str) -> bool:
-    block = block.removeprefix("unet.")
+    block = block.removeprefix("unet.").removeprefix("transformer.")
     return name == block or name.startswith(f"{block}.")
-
-
-def _split(text: str) -> list[str]:
-    return [part.strip() for part in text.split(",") if part.strip()]

@@ -10,14 +10,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from flatlora_diffusion.config import ConfigError, TokenConfig
+from flatlora_diffusion.adapter.parts import parts_of
+from flatlora_diffusion.config import TEXT_PARTS, ConfigError, TokenConfig
 from flatlora_diffusion.storage.rng import generator
 from flatlora_diffusion.storage.run_dir import EMBEDDINGS_FILE
 from flatlora_diffusion.storage.tensor_io import save_tensors
 
 PULL = 0.1  # exponent by which the std of the new rows approaches that of the table in each step
 # The keys of both encoders' embeddings in the files of other tools.
-FILE_KEYS = {"text_encoder": "clip_l", "text_encoder_2": "clip_g"}
+FILE_KEYS = dict(zip(TEXT_PARTS, ("clip_l", "clip_g"), strict=True))
 
 
 class ExtendedEmbedding(nn.Module):
@@ -98,7 +99,8 @@ def add_tokens(pipeline: Any, config: TokenConfig, seed: int) -> dict[str, list[
 
 def embedding_parameters(pipeline: Any) -> dict[str, nn.Parameter]:
     """The trained embeddings by part; empty without pivotal tuning."""
-    tables = {part: getattr(pipeline, part).get_input_embeddings() for part in FILE_KEYS}
+    encoders = [part for part in parts_of(pipeline) if part in FILE_KEYS]
+    tables = {part: getattr(pipeline, part).get_input_embeddings() for part in encoders}
     return {part: table.new.weight for part, table in tables.items() if isinstance(table, ExtendedEmbedding)}
 
 

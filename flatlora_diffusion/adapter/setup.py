@@ -1,4 +1,4 @@
-"""Add the trained parts to a pipeline: a LoRA on UNet and optionally text encoders, and new tokens."""
+"""Add the trained parts to a pipeline: a LoRA on the denoiser and optionally text encoders, and new tokens."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from flatlora_diffusion.adapter.delta import PARTS, Updates, shared_path
+from flatlora_diffusion.adapter.delta import Updates, shared_path
 from flatlora_diffusion.adapter.full import save_merged
 from flatlora_diffusion.adapter.layers import ADAPTER, lora_layers
 from flatlora_diffusion.adapter.lora import (
@@ -18,8 +18,9 @@ from flatlora_diffusion.adapter.lora import (
     trainable_parameters,
 )
 from flatlora_diffusion.adapter.new_tokens import add_tokens, save_embeddings
+from flatlora_diffusion.adapter.parts import denoiser_of, parts_of
 from flatlora_diffusion.adapter.svd_start import anchors
-from flatlora_diffusion.config import TEXT_PARTS, AdapterConfig, ConfigError, TrainConfig
+from flatlora_diffusion.config import AdapterConfig, ConfigError, TrainConfig
 
 
 def adapt(pipeline: Any, config: TrainConfig) -> dict[str, list[str]]:
@@ -31,14 +32,16 @@ def adapt(pipeline: Any, config: TrainConfig) -> dict[str, list[str]]:
     assert config.run.seed is not None
     adapter, seed = config.adapter, config.run.seed
     init_seed = seed if adapter.lora_init_seed is None else adapter.lora_init_seed
-    unet, text_encoders = pipeline.unet, {part: getattr(pipeline, part) for part in TEXT_PARTS}
-    add_lora(unet, adapter, init_seed, text_encoders if adapter.train_text_encoder else None, config.model.clip_skip)
+    models = {part: getattr(pipeline, part) for part in parts_of(pipeline)}
+    denoiser, text_encoders = models.pop(denoiser_of(pipeline)), models
+    trained = text_encoders if adapter.train_text_encoder else None
+    add_lora(denoiser, adapter, init_seed, trained, config.model.clip_skip)
     tokens = add_tokens(pipeline, config.tokens, seed) if config.tokens.train_text_encoder_ti else {}
     trained_encoders = list(text_encoders.values()) if config.trains_text else []
-    for model in (unet, *trained_encoders):
+    for model in (denoiser, *trained_encoders):
         model.train()
     if config.optim.gradient_checkpointing:
-        unet.enable_gradient_checkpointing()
+        denoiser.enable_gradient_checkpointing()
         for encoder in trained_encoders:
             encoder.gradient_checkpointing_enable({"use_reentrant": False})
     return tokens
@@ -80,7 +83,7 @@ def load_initial(pipeline: Any, updates: Updates, magnitudes: Mapping[str, Mappi
 
 def adapted_models(pipeline: Any, config: AdapterConfig) -> dict[str, nn.Module]:
     """The models with a LoRA by part of the pipeline."""
-    parts = ("unet", *(TEXT_PARTS if config.train_text_encoder else ()))
+    parts = parts_of(pipeline) if config.train_text_encoder else (denoiser_of(pipeline),)
     return {part: getattr(pipeline, part) for part in parts}
 
 
@@ -88,14 +91,18 @@ def trainable_by_part(pipeline: Any) -> dict[str, nn.Parameter]:
     """All trained parameters, named PART.PARAMETER."""
     return {
         f"{part}.{name}": parameter
-        for part in PARTS
+        for part in parts_of(pipeline)
         for name, parameter in trainable_parameters(getattr(pipeline, part)).items()
     }
 
 
 def anchors_by_part(pipeline: Any) -> dict[str, Tensor]:
     """The frozen A0 and B0 of PiSSA and LoRA-GA, named PART.PARAMETER."""
-    return {f"{part}.{name}": weight for part in PARTS for name, weight in anchors(getattr(pipeline, part)).items()}
+    return {
+        f"{part}.{name}": weight
+        for part in parts_of(pipeline)
+        for name, weight in anchors(getattr(pipeline, part)).items()
+    }
 
 
 def save_other_parts(pipeline: Any, folder: Path, merged: Path | None = None) -> None:

@@ -53,9 +53,8 @@ from flatlora_diffusion.config import (
     shipped,
 )
 from flatlora_diffusion.data.sources import check_training_set
+from flatlora_diffusion.families.registry import base_line, base_title, family_of
 from flatlora_diffusion.lora_files.paths import parse_lora, run_of
-from flatlora_diffusion.sdxl.base_title import base_line, base_title
-from flatlora_diffusion.sdxl.shapes import check_resolution
 from flatlora_diffusion.signals import Interrupted, interruptible
 from flatlora_diffusion.storage.model_paths import check_base, check_lora, check_models
 from flatlora_diffusion.storage.saved_config import check_paths, expand_paths
@@ -247,7 +246,7 @@ def _generate(arguments: list[str]) -> None:
     if of_runs is not None:
         config = verb_settings(replace(GenerateConfig(), model=of_runs), page, arguments)
     check_models(config.model)
-    check_resolution(config.model, config.resolution)
+    family_of(config.model).check_resolution(config.model, config.resolution)
     log_base(config.model, has_remedy=of_runs is None)
     from flatlora_diffusion.gallery.gallery import generate
 
@@ -308,5 +307,5 @@ def _validated(config: TrainConfig) -> TrainConfig:
         raise ConfigError("--instance_data_dir is missing: give the folder with the training images")
     check_models(config.model, config.adapter.init_lora)
     check_training_set(config.data)
-    check_resolution(config.model, config.data.resolution)
+    family_of(config.model).check_resolution(config.model, config.data.resolution)
     return config

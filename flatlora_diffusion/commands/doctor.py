@@ -25,7 +25,9 @@ from flatlora_diffusion.config import (
     TrainConfig,
     shipped,
 )
-from flatlora_diffusion.sdxl.base_title import TINY_TITLE
+from flatlora_diffusion.families.base_title import TINY_TITLE
+from flatlora_diffusion.families.paths import base_path
+from flatlora_diffusion.families.registry import family_of
 from flatlora_diffusion.storage.formatting import first_line
 from flatlora_diffusion.storage.saved_config import expand_paths
 from flatlora_diffusion.storage.versions import LOCK, PROGRAM, installed_version, last_tested, required
@@ -36,7 +38,6 @@ if TYPE_CHECKING:
 _GIB = 2**30
 _MIN_MEMORY, _MIN_DISK = 1 * _GIB, 1 * _GIB  # enough for the tiny base and a few of its runs
 _GPU_BUILD = "install the PyTorch build for it, see https://pytorch.org/get-started"
-_PIPELINE_PARTS = ("unet", "vae", "text_encoder", "text_encoder_2")
 
 
 @dataclass(frozen=True)
@@ -177,12 +178,12 @@ def base(model: ModelConfig) -> Finding:
     """Check the base: a file, a folder, or a downloaded hub id."""
     name = model.pretrained_model_name_or_path
     if name == TINY:
-        return weights("base", str(SAMPLES / "tiny_sdxl"), _PIPELINE_PARTS, named=TINY_TITLE)
+        return weights("base", base_path(TINY), family_of(model).parts, named=TINY_TITLE)
     if name.lower().endswith(".safetensors"):
         if Path(name).is_file():
             return Finding("ok", "base", f"{name} exists")
         return Finding("problem", "base", f"{name} does not exist", "give another --pretrained_model_name_or_path")
-    return weights("base", name, _PIPELINE_PARTS, model.revision, model.variant)
+    return weights("base", name, family_of(model).parts, model.revision, model.variant)
 
 
 def weights(

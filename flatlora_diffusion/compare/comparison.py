@@ -103,9 +103,9 @@ def _compare(experiment: Experiment) -> Path:
 def _evaluate_arms(experiment: Experiment) -> ComparisonResult:
     """Draw the grid, measure the arms and write the report without controls."""
     out = experiment.out
-    evaluator, sdxl = experiment.evaluator(experiment.arm_runs)
+    evaluator, base = experiment.evaluator(experiment.arm_runs)
     logger.info("Drawing the same prompts with the base and each LoRA")
-    run_items(sdxl.unet, experiment.drawing_items(evaluator))
+    run_items(base.denoiser, experiment.drawing_items(evaluator))
     pictures = _pictures(experiment.first_runs, evaluator)
     captions = {sample.caption for sample in experiment.inputs.sets[TRAIN].samples}
     grid = comparison_grid(experiment.first_runs, evaluator, captions)
@@ -113,7 +113,7 @@ def _evaluate_arms(experiment: Experiment) -> ComparisonResult:
         grid.save(temporary, format="PNG")
     logger.info("Look at %s", out / GRID)
     logger.info("Measuring the base and each LoRA")
-    run_items(sdxl.unet, experiment.measurement_items(evaluator))
+    run_items(base.denoiser, experiment.measurement_items(evaluator))
     result = _measure(experiment, evaluator, pictures)
     _write(out, result)
     logger.info("Look at %s%s", out / PAGE, ", still without the controls" if experiment.control_runs else "")
@@ -122,9 +122,9 @@ def _evaluate_arms(experiment: Experiment) -> ComparisonResult:
 
 def _evaluate_controls(experiment: Experiment, result: ComparisonResult) -> None:
     """Measure the controls and write the complete report."""
-    evaluator, sdxl = experiment.evaluator(experiment.runs)
+    evaluator, base = experiment.evaluator(experiment.runs)
     logger.info("Measuring the controls")
-    run_items(sdxl.unet, experiment.control_items(evaluator))
+    run_items(base.denoiser, experiment.control_items(evaluator))
     values = {
         arm: {int(seed): of_run for seed, of_run in by_seed.items()} for arm, by_seed in result["values"].items()
     }

@@ -24,7 +24,7 @@ from flatlora_diffusion.compare.inputs import free_gpu_memory
 from flatlora_diffusion.compare.plan_lines import expected_seconds
 from flatlora_diffusion.compare.timing import duration_text
 from flatlora_diffusion.config import TINY, CompareConfig, EvidenceConfig, TrainConfig, choices_of, setting_hints
-from flatlora_diffusion.sdxl.device import has_bf16
+from flatlora_diffusion.families.device import has_bf16
 from flatlora_diffusion.storage.atomic_io import write_json
 from flatlora_diffusion.storage.run_dir import RunDir
 from flatlora_diffusion.storage.versions import PROGRAM, __version__

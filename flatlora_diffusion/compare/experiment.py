@@ -20,7 +20,7 @@ from flatlora_diffusion.compare.worker_slots import check_workers
 from flatlora_diffusion.config import CompareConfig, ConfigError, TrainConfig
 from flatlora_diffusion.data.sources import load_training_set
 from flatlora_diffusion.evaluation.finished_runs import check_images, read_runs
-from flatlora_diffusion.sdxl.pipeline import Sdxl
+from flatlora_diffusion.families.base import Base
 from flatlora_diffusion.storage.hashing import base_fingerprint
 
 logger = logging.getLogger(__name__)
@@ -77,14 +77,14 @@ class Experiment:
             done = len(self.runs) - len(pending)
             logger.info("%d of %d trainings done; about %s left to train", done, len(self.runs), duration)
 
-    def evaluator(self, trained: Sequence[PlannedRun]) -> tuple[RunEvaluator, Sdxl]:
+    def evaluator(self, trained: Sequence[PlannedRun]) -> tuple[RunEvaluator, Base]:
         """Load the evaluator of all runs and its base, which must be the base of the `trained` runs."""
         config = self.config
         if trained:
             config = config.replace(mixed_precision=trained[0].run.config()["mixed_precision"])  # chosen by accelerate
-        evaluator, sdxl = load_evaluator(config, self.runs, self.inputs)
-        _check_same_base(config, sdxl, trained)
-        return evaluator, sdxl
+        evaluator, base = load_evaluator(config, self.runs, self.inputs)
+        _check_same_base(config, base, trained)
+        return evaluator, base
 
     def drawing_items(self, evaluator: RunEvaluator) -> list[WorkItem]:
         """The drawings of the picture grid."""
@@ -114,11 +114,11 @@ def read_experiment(config: TrainConfig, options: CompareConfig) -> Experiment:
     return Experiment(config, options, inputs, arms, arm_runs, controls, control_runs)
 
 
-def _check_same_base(config: TrainConfig, sdxl: Sdxl, runs: Sequence[PlannedRun]) -> None:
+def _check_same_base(config: TrainConfig, base: Base, runs: Sequence[PlannedRun]) -> None:
     """Raise ConfigError if the base is not the base that the runs were trained on."""
     if config.model.quantize_base is not None:
         return  # the hash of the quantized weights differs
-    fingerprint = base_fingerprint(sdxl.unet)
+    fingerprint = base_fingerprint(base.denoiser)
     for planned in runs:
         for event in planned.run.events():
             if event["event"] == "start" and event["base"] != fingerprint:

@@ -34,9 +34,9 @@ from flatlora_diffusion.data.sources import check_not_trained_on, load_heldout, 
 from flatlora_diffusion.evaluation.encoders import JUDGE, centre_square, load_encoder
 from flatlora_diffusion.evaluation.judge import load_judge
 from flatlora_diffusion.evaluation.perceptual import load_lpips
-from flatlora_diffusion.sdxl.device import DTYPES
-from flatlora_diffusion.sdxl.objective import objective_of, unweighted
-from flatlora_diffusion.sdxl.pipeline import Sdxl, load_sdxl
+from flatlora_diffusion.families.base import Base
+from flatlora_diffusion.families.device import DTYPES
+from flatlora_diffusion.families.registry import load_base
 from flatlora_diffusion.storage.separate_folders import check_separate
 
 DRAWS = {TRAIN: 4, HELDOUT: 2, FORGETTING: 2}  # (noise, timestep) pairs of each image
@@ -89,7 +89,7 @@ def read_inputs(config: TrainConfig, options: CompareConfig) -> Inputs:
     return Inputs(summary, sets, prompts, heldout, _scoring_models(options))
 
 
-def load_evaluator(config: TrainConfig, runs: Sequence[PlannedRun], inputs: Inputs) -> tuple[RunEvaluator, Sdxl]:
+def load_evaluator(config: TrainConfig, runs: Sequence[PlannedRun], inputs: Inputs) -> tuple[RunEvaluator, Base]:
     """Load the base and build the evaluator of `runs`, on the GPU if there is one.
 
     Results are cached below `output_dir`, separately for each way to load the base.
@@ -97,27 +97,27 @@ def load_evaluator(config: TrainConfig, runs: Sequence[PlannedRun], inputs: Inpu
     folder = Path(config.run.output_dir)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = dataclasses.replace(config.model, quantize_base=None, offload=False)
-    sdxl = load_sdxl(model, device, DTYPES[config.optim.precision_of_base])
-    resolution = config.data.resolution or sdxl.resolution
+    base = load_base(model, device, DTYPES[config.optim.precision_of_base])
+    resolution = config.data.resolution or base.resolution
     background = config.data.background_color
     cache = _measurement_hash(config)
     loss_evaluator = LossEvaluator(
-        sdxl,
-        unweighted(objective_of(config.objective, sdxl.scheduler)),
+        base,
+        base.objective(config.objective).unweighted(),
         inputs.sets,
         resolution,
         folder / "measured" / cache,
         background,
         any(planned.config.adapter.train_text_encoder for planned in runs),
     )
-    generator = PictureGenerator(sdxl, resolution, folder / "pictures" / cache, guidance=inputs.prompts.guidance)
+    generator = PictureGenerator(base, resolution, folder / "pictures" / cache, guidance=inputs.prompts.guidance)
     training = [_at_training_resolution(sample, background, resolution) for sample in inputs.sets[TRAIN].samples]
     drawn = [sample for sample in inputs.sets[HELDOUT].samples if sample.caption in inputs.prompts.style]
     heldout = {sample.caption: _at_training_resolution(sample, background, resolution) for sample in drawn}
     names = names_of(inputs.heldout, inputs.sets[HELDOUT].samples)
     return RunEvaluator(
         loss_evaluator, generator, inputs.prompts, inputs.scoring_models, training, heldout, names
-    ), sdxl
+    ), base
 
 
 def free_gpu_memory() -> None:

@@ -12,10 +12,10 @@ import torch
 
 from flatlora_diffusion.data.dataset import Sample, metadata_rows
 from flatlora_diffusion.evaluation.probe import Probe, fixed_probe, loss_increases, probe_losses
+from flatlora_diffusion.families.base import Base
+from flatlora_diffusion.families.objective import Objective
 from flatlora_diffusion.lora_files.loading import lora_scale, loras_loaded
 from flatlora_diffusion.lora_files.paths import LoraFile
-from flatlora_diffusion.sdxl.objective import Objective
-from flatlora_diffusion.sdxl.pipeline import Sdxl
 from flatlora_diffusion.storage.atomic_io import file_sha256, write_text
 from flatlora_diffusion.storage.hashing import base_fingerprint
 
@@ -57,7 +57,7 @@ class LossEvaluator:
 
     def __init__(
         self,
-        sdxl: Sdxl,
+        base: Base,
         objective: Objective,
         sets: Mapping[str, ImageSet],
         resolution: int,
@@ -65,10 +65,10 @@ class LossEvaluator:
         background: str = "white",
         text_is_adapted: bool = False,
     ) -> None:
-        self._sdxl, self._objective, self.sets, self._cache = sdxl, objective, sets, cache
+        self._base, self._objective, self.sets, self._cache = base, objective, sets, cache
         hashes = {name: images.sha256 for name, images in sets.items()}
-        base = [base_fingerprint(sdxl.unet), sdxl.clip_skip]
-        self._key = json.dumps([*base, hashes, resolution, background, text_is_adapted])
+        identity = [base_fingerprint(base.denoiser), base.clip_skip]
+        self._key = json.dumps([*identity, hashes, resolution, background, text_is_adapted])
         self._settings = resolution, background
         self._text_is_adapted = text_is_adapted
         self._probes: dict[str, Probe] = {}
@@ -95,7 +95,7 @@ class LossEvaluator:
         """Measure the loss increase on the set `name` under each of `draws` perturbations (Eq. 7)."""
 
         def measure() -> Losses:
-            increases = loss_increases(self._sdxl.unet, self._objective, self._probe(name), sigma, draws, seed=0)
+            increases = loss_increases(self._base.denoiser, self._objective, self._probe(name), sigma, draws, seed=0)
             return {name: {str(draw): increase for draw, increase in enumerate(increases)}}
 
         return list(self._cached(_increases_key(name, sigma, draws), lora, 1.0, measure)[name].values())
@@ -108,7 +108,7 @@ class LossEvaluator:
 
     def _by_image(self, name: str) -> dict[str, float]:
         """The loss of each image by its index in the set."""
-        losses = probe_losses(self._sdxl.unet, self._objective, self._probe(name))
+        losses = probe_losses(self._base.denoiser, self._objective, self._probe(name))
         return {str(index): loss for index, loss in enumerate(losses.tolist())}
 
     def _by_group(self, name: str, losses: Sequence[float]) -> dict[str, float]:
@@ -122,7 +122,7 @@ class LossEvaluator:
         if self._text_is_adapted or name not in self._probes:
             resolution, background = self._settings
             images = self.sets[name]
-            self._probes[name] = fixed_probe(self._sdxl, images.samples, resolution, 0, images.draws, background)
+            self._probes[name] = fixed_probe(self._base, images.samples, resolution, 0, images.draws, background)
         return self._probes[name]
 
     def _file(self, measurement: str, lora: Path | None, strength: float) -> Path:
@@ -145,7 +145,7 @@ class LossEvaluator:
         return cached
 
     def _with_lora(self, lora: Path, strength: float, measure: Callable[[], Losses]) -> Losses:
-        pipeline, files = self._sdxl.pipeline, [LoraFile(lora)]
+        pipeline, files = self._base.pipeline, [LoraFile(lora)]
         with loras_loaded(pipeline, files), lora_scale(pipeline, files, strength, merge=False):
             return measure()
 

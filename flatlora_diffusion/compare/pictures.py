@@ -9,10 +9,10 @@ from pathlib import Path
 
 from PIL import Image
 
+from flatlora_diffusion.families.base import Base
+from flatlora_diffusion.families.sampling import generate_images
 from flatlora_diffusion.lora_files.loading import lora_scale, loras_loaded
 from flatlora_diffusion.lora_files.paths import LoraFile
-from flatlora_diffusion.sdxl.pipeline import Sdxl
-from flatlora_diffusion.sdxl.sampling import GUIDANCE, STEPS, generate_images
 from flatlora_diffusion.storage.atomic_io import atomic_write, file_sha256
 from flatlora_diffusion.storage.hashing import base_fingerprint
 
@@ -24,10 +24,12 @@ class PictureGenerator:
     """Draws pictures into the folder `cache`; a file's name is the hash of everything its picture depends on."""
 
     def __init__(
-        self, sdxl: Sdxl, resolution: int, cache: Path, steps: int = STEPS, guidance: float = GUIDANCE
+        self, base: Base, resolution: int, cache: Path, steps: int | None = None, guidance: float | None = None
     ) -> None:
-        self._sdxl, self._cache, self._settings = sdxl, cache, (resolution, steps, guidance)
-        self._base = [base_fingerprint(sdxl.unet), sdxl.clip_skip]
+        steps = base.family.steps if steps is None else steps
+        guidance = base.family.guidance if guidance is None else guidance
+        self._base, self._cache, self._settings = base, cache, (resolution, steps, guidance)
+        self._identity = [base_fingerprint(base.denoiser), base.clip_skip]
 
     def generate(self, lora: Path | None, keys: Sequence[Key], strength: float = 1.0) -> dict[Key, Image.Image]:
         """Draw the pictures of `keys`, RGB, with `lora` or with the base alone."""
@@ -36,7 +38,7 @@ class PictureGenerator:
         if missing and lora is None:
             self._draw(missing)
         elif missing and lora is not None:
-            pipeline, loras = self._sdxl.pipeline, [LoraFile(lora)]
+            pipeline, loras = self._base.pipeline, [LoraFile(lora)]
             with loras_loaded(pipeline, loras), lora_scale(pipeline, loras, strength, merge=False):
                 self._draw(missing)
         return {key: read_picture(file) for key, file in files.items()}
@@ -51,7 +53,7 @@ class PictureGenerator:
     def files(self, lora: Path | None, keys: Sequence[Key], strength: float = 1.0) -> list[Path]:
         """The cache files of `keys`, drawn or not."""
         content = "base" if lora is None else f"{file_sha256(lora)} at {strength:g}"
-        identities = [json.dumps([*self._base, content, *key, *self._settings]) for key in keys]
+        identities = [json.dumps([*self._identity, content, *key, *self._settings]) for key in keys]
         return [self._cache / f"{hashlib.sha256(text.encode()).hexdigest()[:24]}.png" for text in identities]
 
     def _draw(self, files: Mapping[Key, Path]) -> None:
@@ -63,7 +65,7 @@ class PictureGenerator:
         for start in range(0, len(items), batch_size):
             keys, paths = zip(*items[start : start + batch_size], strict=True)
             prompts, seeds = zip(*keys, strict=True)
-            images = generate_images(self._sdxl, prompts, seeds, resolution, steps, guidance, batch_size)
+            images = generate_images(self._base, prompts, seeds, resolution, steps, guidance, batch_size)
             for path, image in zip(paths, images, strict=True):
                 with atomic_write(path) as temporary:
                     image.save(temporary, format="PNG")

@@ -58,14 +58,14 @@ def expected_seconds(experiment: Experiment) -> tuple[float, float]:
 
     Loads the base to time a pass through the UNet on this machine, which is multiplied by the remaining passes.
     """
-    evaluator, sdxl = experiment.evaluator([planned for planned in experiment.arm_runs if planned.is_finished])
-    pass_seconds = seconds_per_pass(sdxl, experiment.config.data.resolution or sdxl.resolution)
+    evaluator, base = experiment.evaluator([planned for planned in experiment.arm_runs if planned.is_finished])
+    pass_seconds = seconds_per_pass(base, experiment.config.data.resolution or base.resolution)
     drawing = sum(item.passes for item in experiment.drawing_items(evaluator))
     items = [*experiment.measurement_items(evaluator), *experiment.control_items(evaluator)]
     until_grid = training_seconds(experiment.arm_runs, experiment.runs, pass_seconds) + drawing * pass_seconds
     after = training_seconds(experiment.control_runs, experiment.runs, pass_seconds)
     after += (sum(item.passes for item in items) - drawing) * pass_seconds
-    del evaluator, sdxl
+    del evaluator, base
     free_gpu_memory()  # for the trainings
     return until_grid, after
 

@@ -21,8 +21,8 @@ class WorkItem:
     run: Callable[[], object]
 
 
-def run_items(unet: nn.Module, items: Sequence[WorkItem]) -> None:
-    """Run the items that are not cached, with a progress bar that advances with every pass of the UNet."""
+def run_items(denoiser: nn.Module, items: Sequence[WorkItem]) -> None:
+    """Run the items that are not cached, with a progress bar that advances with every pass of the denoiser."""
     pending = [item for item in items if item.passes]
     total = sum(item.passes for item in pending)
     if not pending:
@@ -32,7 +32,7 @@ def run_items(unet: nn.Module, items: Sequence[WorkItem]) -> None:
         def count(module: nn.Module, arguments: Any, output: Any) -> None:
             bar.update(min(len(output[0]), total - bar.n))
 
-        hook = unet.register_forward_hook(count)
+        hook = denoiser.register_forward_hook(count)
         try:
             for item in pending:
                 bar.set_description_str(item.label)

@@ -8,8 +8,8 @@ from collections.abc import Mapping, Sequence
 
 from flatlora_diffusion.compare.arms import PlannedRun
 from flatlora_diffusion.config import METHODS
-from flatlora_diffusion.sdxl.pipeline import Sdxl
-from flatlora_diffusion.sdxl.sampling import generate_images
+from flatlora_diffusion.families.base import Base
+from flatlora_diffusion.families.sampling import generate_images
 
 _RECOMPUTED = 1.5  # passes that --gradient_checkpointing adds to a gradient: LoRA's steps took 1.6 times as long
 _START_SECONDS = 10  # for the process of a training to import its libraries and load the base
@@ -40,13 +40,13 @@ def training_seconds(pending: Sequence[PlannedRun], runs: Sequence[PlannedRun], 
     return sum(_run_seconds(planned, known, pass_seconds) for planned in pending)
 
 
-def seconds_per_pass(sdxl: Sdxl, resolution: int) -> float:
+def seconds_per_pass(base: Base, resolution: int) -> float:
     """Time the pass of one sample through the UNet while drawing; a slow UNet is timed for one step only."""
     seconds = 0.0
     for steps in (1, 5):
         if seconds < 1:
             start = time.perf_counter()
-            generate_images(sdxl, ["an icon"], [0], resolution, steps, batch_size=1)
+            generate_images(base, ["an icon"], [0], resolution, steps, batch_size=1)
             seconds = (time.perf_counter() - start) / (2 * steps)
     return seconds
 

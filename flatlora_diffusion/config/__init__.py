@@ -42,6 +42,7 @@ from flatlora_diffusion.config.methods import (
     settings_not_of as settings_not_of,
 )
 from flatlora_diffusion.config.model import (
+    DENOISERS as DENOISERS,
     SDXL as SDXL,
     TEXT_PARTS as TEXT_PARTS,
     TINY as TINY,

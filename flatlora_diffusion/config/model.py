@@ -10,6 +10,7 @@ from flatlora_diffusion.config.setting import Section, setting
 PredictionType = Literal["epsilon", "v_prediction"]
 SDXL = "stabilityai/stable-diffusion-xl-base-1.0"
 TINY = "tiny"  # name of the included small base
+DENOISERS = ("unet", "transformer")  # parts of pipelines that get a LoRA; a pipeline has one of them
 TEXT_PARTS = ("text_encoder", "text_encoder_2")  # of a pipeline, in the order of their concatenated outputs
 Quantization = Literal["nf4", "int8", "torchao-int8"]
 

@@ -19,8 +19,8 @@ from flatlora_diffusion.data.images import ImageError
 from flatlora_diffusion.data.latents import LatentCache, encode_latents
 from flatlora_diffusion.data.prompts import Prompts, augmented_caption, build_prompts
 from flatlora_diffusion.data.schedule import Schedule, build_schedule
-from flatlora_diffusion.sdxl.objective import Batch
-from flatlora_diffusion.sdxl.pipeline import Sdxl, add_time_ids, posterior
+from flatlora_diffusion.families.base import Base
+from flatlora_diffusion.families.batch import Batch
 from flatlora_diffusion.storage.atomic_io import explain_write_errors, remove_partial_files
 from flatlora_diffusion.storage.rng import generator
 
@@ -44,7 +44,7 @@ class Batches:
     """
 
     config: TrainConfig
-    sdxl: Sdxl
+    base: Base
     samples: list[Sample]
     class_samples: list[Sample]
     schedule: Schedule
@@ -94,7 +94,7 @@ class Batches:
         count, prompt = len(batch.latents), str(self.config.data.class_prompt)
         weights = torch.full((count,), float(self.config.objective.prior_loss_weight), device=self.device)
         prompts = self.prompts.conditioning([prompt] * count, None, self.device)
-        return replace(batch, weights=weights, mask=None, **prompts)
+        return replace(batch, weights=weights, mask=None, prompts=prompts)
 
     def close(self) -> None:
         """Stop the threads that load images."""
@@ -106,7 +106,7 @@ class Batches:
         items = instances + class_images
         caption_mask = self._caption_mask(len(instances), len(class_images), step, slot)
         captions = [item.caption for item in items]
-        if caption_mask is not None and not self.sdxl.zeros_empty_prompt:
+        if caption_mask is not None and not self.base.zeros_empty_prompt:
             captions = [caption if keep else "" for caption, keep in zip(captions, caption_mask.tolist(), strict=True)]
             caption_mask = None
         mean, std = self._posteriors(instances, class_images, step, slot)
@@ -117,17 +117,14 @@ class Batches:
             prior = self.config.objective.prior_loss_weight
             factors = [2.0] * len(instances) + [2.0 * prior] * len(class_images)
             weights = torch.tensor(factors, device=self.device)
+        sizes, crops = zip(*((item.view.original_size, item.view.crop_top_left) for item in items), strict=True)
+        geometry = self.base.geometry(sizes, crops, items[0].view.size)
         return Batch(
             latents=mean + std * noise,
-            add_time_ids=add_time_ids(
-                [item.view.original_size for item in items],
-                [item.view.crop_top_left for item in items],
-                items[0].view.size,
-                self.device,
-            ),
+            prompts=self.prompts.conditioning(captions, caption_mask, self.device),
+            geometry={name: value.to(self.device) for name, value in geometry.items()},
             weights=weights,
             mask=self._mask(items) if self.config.objective.alpha_mask_loss else None,
-            **self.prompts.conditioning(captions, caption_mask, self.device),
         )
 
     def _caption_mask(self, instances: int, class_images: int, step: int, slot: int) -> Tensor | None:
@@ -171,7 +168,7 @@ class Batches:
     def _posteriors(
         self, instances: list[BatchItem], class_images: list[BatchItem], step: int, slot: int
     ) -> tuple[Tensor, Tensor]:
-        """Normalized mean and std (B, 4, h, w) of all images, from the cache or encoded now."""
+        """Normalized mean and std (B, C, h, w) of all images, from the cache or encoded now."""
         posteriors = []
         for items, cache in ((instances, self.latents), (class_images, self.class_latents)):
             if cache is not None:
@@ -179,7 +176,7 @@ class Batches:
                 posteriors.append(cache.posterior(keys, self.device))
             elif items:
                 pixels = self._load(items, step, slot) if items is instances else self._all_pixels(items)
-                posteriors.append(posterior(self.sdxl.vae, torch.stack(pixels).to(self.device)))
+                posteriors.append(self.base.posterior(torch.stack(pixels).to(self.device)))
         means, stds = zip(*posteriors, strict=True)
         return torch.cat(means), torch.cat(stds)
 
@@ -202,12 +199,12 @@ class Batches:
     def _mask(self, items: list[BatchItem]) -> Tensor:
         """The mean alpha of each latent pixel, (B, 1, h, w)."""
         masks = [self.augmentation.alpha(item.sample, item.view) for item in items]
-        return F.avg_pool2d(torch.stack(masks).to(self.device), self.sdxl.pipeline.vae_scale_factor)
+        return F.avg_pool2d(torch.stack(masks).to(self.device), self.base.latent_step)
 
 
 def build_batches(
     config: TrainConfig,
-    sdxl: Sdxl,
+    base: Base,
     samples: Sequence[Sample],
     world_size: int = 1,
     class_samples: Sequence[Sample] = (),
@@ -216,27 +213,27 @@ def build_batches(
 
     Args:
         config: settings with seed and resolution.
-        sdxl: the base; its VAE and text encoders are on the device of the batches.
+        base: the base; its VAE and text encoders are on the device of the batches.
     """
-    data, vae, seed, resolution = config.data, sdxl.vae, config.run.seed, config.data.resolution
+    data, seed, resolution = config.data, config.run.seed, config.data.resolution
     assert seed is not None
     assert resolution is not None
-    schedule = build_schedule(config, samples, sdxl.size_step, world_size, len(class_samples))
+    schedule = build_schedule(config, samples, base.size_step, world_size, len(class_samples))
     augmentation = Augmentation(data, seed)
     folder = None if data.embedding_cache_dir is None else Path(data.embedding_cache_dir)
     with nullcontext() if folder is None else explain_write_errors(folder, "embedding_cache_dir"):
         if folder is not None:
             folder.mkdir(parents=True, exist_ok=True)
             remove_partial_files(folder, seconds=_LONGEST_WRITE)
-        prompts = build_prompts(config, sdxl, [*samples, *class_samples], folder)
+        prompts = build_prompts(config, base, [*samples, *class_samples], folder)
         cached = [(samples, schedule.sizes)] if data.cache_latents else []
         # With buckets a class image can have the size of any bucket, so it is encoded on demand.
         if cached and class_samples and not data.use_aspect_ratio_buckets:
             cached.append((class_samples, [(resolution, resolution)] * len(class_samples)))
-        caches = [encode_latents(vae, images, sizes, augmentation, folder) for images, sizes in cached]
+        caches = [encode_latents(base, images, sizes, augmentation, folder) for images, sizes in cached]
     return Batches(
         config=config,
-        sdxl=sdxl,
+        base=base,
         samples=list(samples),
         class_samples=list(class_samples),
         schedule=schedule,
@@ -244,5 +241,5 @@ def build_batches(
         prompts=prompts,
         latents=caches[0] if caches else None,
         class_latents=caches[1] if len(caches) > 1 else None,
-        device=vae.device,
+        device=base.vae.device,
     )

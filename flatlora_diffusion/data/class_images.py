@@ -14,9 +14,10 @@ from tqdm import tqdm
 from flatlora_diffusion.config import ModelConfig, TrainConfig
 from flatlora_diffusion.data.dataset import Sample, load_samples
 from flatlora_diffusion.data.images import find_images
-from flatlora_diffusion.sdxl.device import DTYPES, check_precision, this_process
-from flatlora_diffusion.sdxl.pipeline import Sdxl, load_sdxl
-from flatlora_diffusion.sdxl.sampling import generate_images
+from flatlora_diffusion.families.base import Base
+from flatlora_diffusion.families.device import DTYPES, check_precision, this_process
+from flatlora_diffusion.families.registry import load_base
+from flatlora_diffusion.families.sampling import generate_images
 from flatlora_diffusion.storage.atomic_io import atomic_write, explain_write_errors
 from flatlora_diffusion.storage.rng import derive_seed
 from flatlora_diffusion.storage.run_lock import lock_folder
@@ -48,13 +49,13 @@ def load_class_samples(config: TrainConfig) -> list[Sample]:
     return load_samples(folder, data.class_prompt).samples[: data.num_class_images]
 
 
-def _load_on(model: ModelConfig, device: torch.device, dtype: torch.dtype) -> Sdxl:
+def _load_on(model: ModelConfig, device: torch.device, dtype: torch.dtype) -> Base:
     """Load the base onto `device`; with --offload each of its models is there only while it is used."""
     offload = model.is_unet_last and device.type != "cpu"
-    sdxl = load_sdxl(model, torch.device("cpu") if offload else device, dtype)
+    base = load_base(model, torch.device("cpu") if offload else device, dtype)
     if offload:
-        sdxl.pipeline.enable_model_cpu_offload(device=device)
-    return sdxl
+        base.pipeline.enable_model_cpu_offload(device=device)
+    return base
 
 
 def _generate(config: TrainConfig, folder: Path, numbers: Sequence[int], device: torch.device) -> None:
@@ -64,13 +65,13 @@ def _generate(config: TrainConfig, folder: Path, numbers: Sequence[int], device:
     check_precision("prior_generation_precision", data.prior_generation_precision, device)
     default = torch.float16 if device.type == "cuda" else torch.float32
     dtype = default if data.prior_generation_precision is None else DTYPES[data.prior_generation_precision]
-    sdxl = _load_on(config.model, device, dtype)
-    size = sdxl.checked_resolution(data.resolution)
+    base = _load_on(config.model, device, dtype)
+    size = base.checked_resolution(data.resolution)
     for start in tqdm(range(0, len(numbers), data.sample_batch_size), desc="class images"):
         part = numbers[start : start + data.sample_batch_size]
         prompts = [str(data.class_prompt)] * len(part)
         seeds = [derive_seed(seed, "class_image", number) for number in part]
-        images = generate_images(sdxl, prompts, seeds, size, batch_size=data.sample_batch_size, must_be_finite=True)
+        images = generate_images(base, prompts, seeds, size, batch_size=data.sample_batch_size, must_be_finite=True)
         for number, image in zip(part, images, strict=True):
             path = folder / f"class-{number:04d}.png"
             while path.exists():  # the user's own file is never overwritten

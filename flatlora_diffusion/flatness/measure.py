@@ -7,10 +7,10 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from diffusers import UNet2DConditionModel
-
 from flatlora_diffusion.config import FlatnessConfig
 from flatlora_diffusion.evaluation.probe import Probe
+from flatlora_diffusion.families.base import Base, eval_mode
+from flatlora_diffusion.families.objective import Objective
 from flatlora_diffusion.flatness.curvature import Eigenvalue, top_eigenvalues, trace
 from flatlora_diffusion.flatness.functional import Estimate, Loss, Metric, Weights, value
 from flatlora_diffusion.flatness.landscape import Landscape, landscape, worst_increases
@@ -19,11 +19,8 @@ from flatlora_diffusion.flatness.merged_weights import (
     loss_of_factors,
     loss_on_probe,
     merged,
-    twice_differentiable,
 )
 from flatlora_diffusion.flatness.perturbed_models import STRENGTHS, OtherModels, variants
-from flatlora_diffusion.sdxl.objective import Objective
-from flatlora_diffusion.sdxl.sampling import eval_mode
 
 logger = logging.getLogger(__name__)
 
@@ -68,29 +65,30 @@ class FlatnessFigures(Landscape):
 
 
 def measure_flatness(
-    unet: UNet2DConditionModel,
+    base: Base,
     objective: Objective,
-    base: Weights,
+    base_weights: Weights,
     model: MeasuredModel,
     config: FlatnessConfig,
     others: OtherModels,
 ) -> FlatnessFigures:
-    """Measure `model`; `base` are the weights of the UNet that any of the models adapts."""
+    """Measure `model`; `base_weights` are the weights of the base that any of the models adapts."""
     start = time.monotonic()
-    weights = merged(base, model.deltas)
+    weights = merged(base_weights, model.deltas)
     losses = {
-        kind: loss_on_probe(unet, objective, probe, config.probe_batch_size) for kind, probe in model.probes.items()
+        kind: loss_on_probe(base.denoiser, objective, probe, config.probe_batch_size)
+        for kind, probe in model.probes.items()
     }
     train = losses[TRAIN]
-    with eval_mode(unet):
+    with eval_mode(base.denoiser):
         figures = FlatnessFigures(
             **vars(landscape(model.name, train, weights, config)),
             losses=_values(losses, weights),
             worst=worst_increases(train, weights, config.radii),
-            worst_factors=_factor_increases(train, base, model.deltas, config),
-            curvature=_curvature(unet, train, weights, config),
-            strengths=_strength_losses(losses, base, model.deltas),
-            variants=_variant_losses(losses, base, model.deltas, others),
+            worst_factors=_factor_increases(train, base_weights, model.deltas, config),
+            curvature=_curvature(base, train, weights, config),
+            strengths=_strength_losses(losses, base_weights, model.deltas),
+            variants=_variant_losses(losses, base_weights, model.deltas, others),
         )
     logger.info("%s: measured in %.0f s", model.name, time.monotonic() - start)
     return figures
@@ -116,12 +114,10 @@ def _variant_losses(
     return {name: _values(losses, weights) for name, weights in variants(base, deltas, others)}
 
 
-def _curvature(
-    unet: UNet2DConditionModel, loss: Loss, weights: Weights, config: FlatnessConfig
-) -> dict[str, Curvature]:
+def _curvature(base: Base, loss: Loss, weights: Weights, config: FlatnessConfig) -> dict[str, Curvature]:
     if not config.curvature:
         return {}
-    with twice_differentiable(unet):
+    with base.twice_differentiable():
         return {
             metric: Curvature(
                 top_eigenvalues(loss, weights, metric, config.eigenvalues, config.lanczos_steps, config.seed),

@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
-from diffusers import UNet2DConditionModel
-from diffusers.models.attention_processor import AttnProcessor
 from torch import Tensor, nn
 
 from flatlora_diffusion.adapter.delta import with_magnitudes
 from flatlora_diffusion.adapter.layers import lora_layers
 from flatlora_diffusion.evaluation.probe import Probe
+from flatlora_diffusion.families.objective import Objective, sample_losses
 from flatlora_diffusion.flatness.functional import Loss, Weights, loss_at
-from flatlora_diffusion.sdxl.objective import Objective, sample_losses
 
 
 @dataclass(frozen=True)
@@ -35,10 +32,10 @@ _SIDES = ("down", "up")
 
 
 @torch.no_grad()
-def lora_deltas(unet: nn.Module) -> Deltas:
-    """Return the deltas of the LoRA that is loaded into `unet`, in fp32."""
+def lora_deltas(denoiser: nn.Module) -> Deltas:
+    """Return the deltas of the LoRA that is loaded into `denoiser`, in fp32."""
     deltas = {}
-    for name, layer in lora_layers(unet).items():
+    for name, layer in lora_layers(denoiser).items():
         (adapter,) = layer.active_adapters
         down, up = layer.lora_A[adapter].weight.float().flatten(1), layer.lora_B[adapter].weight.float().flatten(1)
         vectors = layer.lora_magnitude_vector
@@ -47,9 +44,9 @@ def lora_deltas(unet: nn.Module) -> Deltas:
     return deltas
 
 
-def base_weights(unet: nn.Module, names: Iterable[str]) -> Weights:
-    """Return the parameters `names` of a UNet without LoRA, in fp32."""
-    parameters = dict(unet.named_parameters())
+def base_weights(denoiser: nn.Module, names: Iterable[str]) -> Weights:
+    """Return the parameters `names` of a denoiser without LoRA, in fp32."""
+    parameters = dict(denoiser.named_parameters())
     return {name: parameters[name].detach().float() for name in names}
 
 
@@ -67,29 +64,18 @@ def loss_of_factors(loss: Loss, base: Weights, deltas: Deltas) -> tuple[Loss, We
     return [partial(_at_factors, part, base, deltas) for part in loss], factors
 
 
-def loss_on_probe(unet: UNet2DConditionModel, objective: Objective, probe: Probe, batch_size: int) -> Loss:
-    """Return the probe's mean loss as a function of weights of `unet`, which must be in eval mode."""
+def loss_on_probe(denoiser: nn.Module, objective: Objective, probe: Probe, batch_size: int) -> Loss:
+    """Return the probe's mean loss as a function of weights of `denoiser`, which must be in eval mode."""
     count = len(probe.timesteps)
     return [
-        loss_at(unet, partial(_part, objective=objective, probe=probe, part=slice(start, start + batch_size)))
+        loss_at(denoiser, partial(_part, objective=objective, probe=probe, part=slice(start, start + batch_size)))
         for start in range(0, count, batch_size)
     ]
 
 
-@contextmanager
-def twice_differentiable(unet: UNet2DConditionModel) -> Iterator[None]:
-    """Use attention with a second derivative, which PyTorch's fused attention lacks."""
-    processors = dict(unet.attn_processors)
-    unet.set_attn_processor(AttnProcessor())
-    try:
-        yield
-    finally:
-        unet.set_attn_processor(processors)
-
-
-def _part(unet: UNet2DConditionModel, objective: Objective, probe: Probe, part: slice) -> Tensor:
+def _part(denoiser: nn.Module, objective: Objective, probe: Probe, part: slice) -> Tensor:
     batch = probe.batch.map(lambda tensor: tensor[part])
-    losses = sample_losses(unet, objective, batch, probe.noise[part], probe.timesteps[part])
+    losses = sample_losses(denoiser, objective, batch, probe.noise[part], probe.timesteps[part])
     return losses.sum() / len(probe.timesteps)
 
 

@@ -25,6 +25,9 @@ from flatlora_diffusion.data.image_folders import image_folders
 from flatlora_diffusion.data.sources import check_not_trained_on, load_heldout, load_training_set
 from flatlora_diffusion.evaluation.finished_runs import FinishedRun, check_images, read_runs
 from flatlora_diffusion.evaluation.probe import Probe, fixed_probe
+from flatlora_diffusion.families.base import Base
+from flatlora_diffusion.families.paths import base_given_as
+from flatlora_diffusion.families.registry import base_title, load_base
 from flatlora_diffusion.flatness.landscape import axis
 from flatlora_diffusion.flatness.measure import HELDOUT, TRAIN, FlatnessFigures, MeasuredModel, measure_flatness
 from flatlora_diffusion.flatness.merged_weights import base_weights, lora_deltas
@@ -34,10 +37,6 @@ from flatlora_diffusion.flatness.run_charts import write_charts
 from flatlora_diffusion.flatness.tables import markdown_tables
 from flatlora_diffusion.lora_files.loading import loras_loaded
 from flatlora_diffusion.lora_files.paths import LoraFile, parse_lora
-from flatlora_diffusion.sdxl.base_title import base_title
-from flatlora_diffusion.sdxl.loading import base_given_as
-from flatlora_diffusion.sdxl.objective import objective_of, unweighted
-from flatlora_diffusion.sdxl.pipeline import Sdxl, load_sdxl
 from flatlora_diffusion.storage.atomic_io import check_writable, write_json, write_text
 from flatlora_diffusion.storage.saved_config import portable
 from flatlora_diffusion.storage.separate_folders import check_separate
@@ -62,15 +61,15 @@ def flatness(config: FlatnessConfig) -> Path:
     _check_apart(folder, first, config)
     images = _images(runs[0], first, config)
     model = dataclasses.replace(first.model, quantize_base=None, offload=False)
-    sdxl = load_sdxl(model, torch.device("cuda" if torch.cuda.is_available() else "cpu"), torch.float32)
-    models = _models(sdxl, runs, first, images, config)
-    others = _other_models(sdxl, config)
+    base = load_base(model, torch.device("cuda" if torch.cuda.is_available() else "cpu"), torch.float32)
+    models = _models(base, runs, first, images, config)
+    others = _other_models(base, config)
     names = {name: None for deltas in (*(model.deltas for model in models), others.second_lora) for name in deltas}
-    base = base_weights(sdxl.unet, names)
-    objective = unweighted(objective_of(first.objective, sdxl.scheduler))
-    figures = [measure_flatness(sdxl.unet, objective, base, model, config, others) for model in models]
+    weights = base_weights(base.denoiser, names)
+    objective = base.objective(first.objective).unweighted()
+    figures = [measure_flatness(base, objective, weights, model, config, others) for model in models]
     folder.mkdir(parents=True, exist_ok=True)
-    facts = _facts(config, runs, sdxl, images, sum(weight.numel() for weight in base.values()))
+    facts = _facts(config, runs, base, images, sum(weight.numel() for weight in weights.values()))
     _write(folder, config, first.model, figures, facts)
     return folder
 
@@ -104,19 +103,19 @@ def _images(run: FinishedRun, config: TrainConfig, given: FlatnessConfig) -> dic
 
 
 def _models(
-    sdxl: Sdxl,
+    base: Base,
     runs: Sequence[FinishedRun],
     config: TrainConfig,
     images: Mapping[str, list[Sample]],
     given: FlatnessConfig,
 ) -> list[MeasuredModel]:
     """Return the base and each run; all files are read before anything is measured."""
-    resolution = config.data.resolution or sdxl.resolution
+    resolution = config.data.resolution or base.resolution
 
     def probes(tokens: Mapping[str, list[str]]) -> dict[str, Probe]:
         return {
             kind: fixed_probe(
-                sdxl,
+                base,
                 replace_in_captions(samples, tokens),
                 resolution,
                 given.seed,
@@ -129,24 +128,24 @@ def _models(
     models = [MeasuredModel(BASE, {}, probes({}))]
     for run in runs:
         tokens = new_tokens(run.config.tokens) if run.config.tokens.train_text_encoder_ti else {}
-        with loras_loaded(sdxl.pipeline, [LoraFile(run.lora)]):
-            models.append(MeasuredModel(run.name, lora_deltas(sdxl.unet), probes(tokens)))
+        with loras_loaded(base.pipeline, [LoraFile(run.lora)]):
+            models.append(MeasuredModel(run.name, lora_deltas(base.denoiser), probes(tokens)))
     return models
 
 
-def _other_models(sdxl: Sdxl, given: FlatnessConfig) -> OtherModels:
+def _other_models(base: Base, given: FlatnessConfig) -> OtherModels:
     """Load the second LoRA and the other base, if given; the probes are of the first base."""
     second_lora, other_base = {}, {}
     if given.second_lora is not None:
         files = parse_lora(given.second_lora)
         if len(files) > 1:
             raise ConfigError(f"second_lora={given.second_lora!r} names {len(files)} files; give only one")
-        with loras_loaded(sdxl.pipeline, files):
-            second_lora = lora_deltas(sdxl.unet)
+        with loras_loaded(base.pipeline, files):
+            second_lora = lora_deltas(base.denoiser)
     if given.other_base is not None:
         with base_given_as("other_base"):
-            other = load_sdxl(ModelConfig(given.other_base), sdxl.unet.device, torch.float32).unet
-        shapes = {name: weight.shape for name, weight in sdxl.unet.named_parameters()}
+            other = load_base(ModelConfig(given.other_base), base.denoiser.device, torch.float32).denoiser
+        shapes = {name: weight.shape for name, weight in base.denoiser.named_parameters()}
         if {name: weight.shape for name, weight in other.named_parameters()} != shapes:
             raise ConfigError(f"other_base={given.other_base!r} has other layers than the base of the runs")
         other_base = base_weights(other, shapes)
@@ -154,7 +153,7 @@ def _other_models(sdxl: Sdxl, given: FlatnessConfig) -> OtherModels:
 
 
 def _facts(
-    config: FlatnessConfig, runs: Sequence[FinishedRun], sdxl: Sdxl, images: Mapping[str, list[Sample]], weights: int
+    config: FlatnessConfig, runs: Sequence[FinishedRun], base: Base, images: Mapping[str, list[Sample]], weights: int
 ) -> dict[str, Any]:
     """Return all that the results depend on."""
     settings = portable(dataclasses.asdict(config)) | {"runs": [run.name for run in runs]}
@@ -178,7 +177,7 @@ def _facts(
         "probe_samples": {kind: len(samples) * config.probe_draws for kind, samples in images.items()},
         "weights": weights,
         "axis": axis(config.extent, config.surface_points),
-        "device": str(sdxl.unet.device),
+        "device": str(base.denoiser.device),
         "versions": versions(),
     }
 

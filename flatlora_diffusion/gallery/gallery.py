@@ -24,14 +24,15 @@ from tqdm import tqdm
 
 from flatlora_diffusion.config import ConfigError, GenerateConfig
 from flatlora_diffusion.data.prompts import read_prompts
+from flatlora_diffusion.families.base import Base
+from flatlora_diffusion.families.device import DTYPES, check_precision
+from flatlora_diffusion.families.drawing import Drawing, ImageSettings, portable_base_name
+from flatlora_diffusion.families.registry import load_base
+from flatlora_diffusion.families.sampling import generate_images
 from flatlora_diffusion.gallery.grid import labelled_grid
 from flatlora_diffusion.gallery.png_text import UsedLora, bare_name, grid_text, image_text
 from flatlora_diffusion.lora_files.loading import lora_scale, loras_loaded
 from flatlora_diffusion.lora_files.paths import LoraFile, parse_lora, unique_path_ends
-from flatlora_diffusion.sdxl.device import DTYPES, check_precision
-from flatlora_diffusion.sdxl.drawing import Drawing, portable_base_name
-from flatlora_diffusion.sdxl.pipeline import Sdxl, load_sdxl
-from flatlora_diffusion.sdxl.sampling import describe_drawing, generate_images
 from flatlora_diffusion.storage.atomic_io import atomic_write, check_writable, file_sha256
 from flatlora_diffusion.storage.formatting import slug
 from flatlora_diffusion.storage.run_dir import LORA_FILE, RunDir
@@ -84,19 +85,19 @@ def generate(config: GenerateConfig) -> list[Path]:
     rows = _rows(config)
     columns = [PromptColumn(number, prompt, seed) for number, prompt in enumerate(prompts, 1) for seed in config.seeds]
     check_writable(Path(config.output_dir), "output_dir")
-    sdxl, config = _load(config)
+    base, config = _load(config)
     for files in {row.files: None for row in rows}:  # to report an incompatible file before the first image
-        with loras_loaded(sdxl.pipeline, files):
+        with loras_loaded(base.pipeline, files):
             pass
     folder = _new_folder(Path(config.output_dir))
     images: list[list[Image.Image]] = []
     with tqdm(total=len(rows) * len(columns), unit="image") as bar:
         for files, group in groupby(rows, key=lambda row: row.files):
-            with loras_loaded(sdxl.pipeline, files):
+            with loras_loaded(base.pipeline, files):
                 for row in group:
-                    with lora_scale(sdxl.pipeline, files, row.strength, config.merge):
-                        images.append(_draw_row(sdxl, config, row, columns, folder, bar))
-    return list(_save_grids(config, _sampler(sdxl), rows, columns, images, folder))
+                    with lora_scale(base.pipeline, files, row.strength, config.merge):
+                        images.append(_draw_row(base, config, row, columns, folder, bar))
+    return list(_save_grids(config, _sampler(base), rows, columns, images, folder))
 
 
 def _prompts(config: GenerateConfig) -> list[str]:
@@ -128,17 +129,17 @@ def _names(paths: Sequence[Path]) -> list[str]:
     return unique_path_ends(ends) or unique_path_ends(paths)
 
 
-def _load(config: GenerateConfig) -> tuple[Sdxl, GenerateConfig]:
+def _load(config: GenerateConfig) -> tuple[Base, GenerateConfig]:
     """Load the base; returns it and the config with precision and resolution set."""
     has_gpu = torch.cuda.is_available()
     precision = config.mixed_precision or ("fp16" if has_gpu else "no")
     device = torch.device("cuda" if has_gpu else "cpu")
     check_precision("mixed_precision", precision, device)
-    sdxl = load_sdxl(config.model, device, DTYPES[precision])
+    base = load_base(config.model, device, DTYPES[precision])
     if config.model.offload and has_gpu:
-        sdxl.pipeline.enable_model_cpu_offload()
-    resolution = sdxl.checked_resolution(config.resolution)
-    return sdxl, dataclasses.replace(config, mixed_precision=precision, resolution=resolution)
+        base.pipeline.enable_model_cpu_offload()
+    resolution = base.checked_resolution(config.resolution)
+    return base, dataclasses.replace(config, mixed_precision=precision, resolution=resolution)
 
 
 def _new_folder(parent: Path) -> Path:
@@ -152,7 +153,7 @@ def _new_folder(parent: Path) -> Path:
 
 
 def _draw_row(
-    sdxl: Sdxl,
+    base: Base,
     config: GenerateConfig,
     row: LoraRow,
     columns: Sequence[PromptColumn],
@@ -164,10 +165,10 @@ def _draw_row(
     for start in range(0, len(columns), config.batch_size):
         part = columns[start : start + config.batch_size]
         generated = generate_images(
-            sdxl,
+            base,
             [column.prompt for column in part],
             [column.seed for column in part],
-            config.resolution or sdxl.resolution,
+            config.resolution or base.resolution,
             config.num_inference_steps,
             config.guidance_scale,
             config.batch_size,
@@ -175,8 +176,8 @@ def _draw_row(
             config.guidance_rescale,
         )
         for column, image in zip(part, generated, strict=True):
-            drawing = _drawing(sdxl, config, row, column)
-            text = image_text(config, _sampler(sdxl), column.prompt, column.seed, row.used, drawing)
+            drawing = _drawing(base, config, row, column)
+            text = image_text(config, _sampler(base), column.prompt, column.seed, row.used, drawing)
             with atomic_write(folder / f"{column.slug}_seed-{column.seed}_{row.slug}.png") as temporary:
                 image.save(temporary, format="PNG", pnginfo=text)
         images += generated
@@ -184,20 +185,21 @@ def _draw_row(
     return images
 
 
-def _drawing(sdxl: Sdxl, config: GenerateConfig, row: LoraRow, column: PromptColumn) -> Drawing | None:
+def _drawing(base: Base, config: GenerateConfig, row: LoraRow, column: PromptColumn) -> Drawing | None:
     """Describe the image for other tools; None if they cannot reproduce it."""
     pairs = zip(row.used, row.files, strict=True)
-    return describe_drawing(
-        sdxl,
+    return base.describe_image(
         column.prompt,
         column.seed,
-        config.resolution or sdxl.resolution,
+        ImageSettings(
+            config.resolution or base.resolution,
+            config.num_inference_steps,
+            config.guidance_scale,
+            config.negative_prompt,
+            config.guidance_rescale,
+        ),
         portable_base_name(bare_name(config.model.pretrained_model_name_or_path)),
         tuple((_export_name(file.path), lora.strength) for lora, file in pairs),
-        config.num_inference_steps,
-        config.guidance_scale,
-        config.negative_prompt,
-        config.guidance_rescale,
     )
 
 
@@ -246,8 +248,8 @@ def _column_label(column: PromptColumn, prompts: int, seeds: int) -> str:
     return f"seed {column.seed}" if prompts == 1 else f"{column.prompt}\nseed {column.seed}"
 
 
-def _sampler(sdxl: Sdxl) -> str:
-    return type(sdxl.pipeline.scheduler).__name__
+def _sampler(base: Base) -> str:
+    return type(base.pipeline.scheduler).__name__
 
 
 def _slug(text: str, length: int) -> str:

@@ -14,7 +14,14 @@ from typing import Any
 from PIL.PngImagePlugin import PngInfo
 
 from flatlora_diffusion.config import GenerateConfig
-from flatlora_diffusion.sdxl.drawing import NOISE_FROM, PARAMETERS, Drawing, a1111_sampler, a1111_text, add_drawing
+from flatlora_diffusion.families.drawing import (
+    NOISE_FROM,
+    PARAMETERS,
+    Drawing,
+    a1111_sampler,
+    a1111_text,
+    add_drawing,
+)
 from flatlora_diffusion.storage.versions import PROGRAM, __version__
 
 SETTINGS = "flatlora_diffusion"

@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from diffusers import StableDiffusionXLPipeline
 from torch import Tensor, nn
 
 from flatlora_diffusion.adapter.delta import Update, Updates, balanced
@@ -67,7 +66,7 @@ def save_diffusers_file(
         arguments[f"{part}_lora_layers"] = state
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_write(path) as temporary, tempfile.TemporaryDirectory(dir=path.parent) as scratch:
-        StableDiffusionXLPipeline.save_lora_weights(scratch, **arguments)
+        type(pipeline).save_lora_weights(scratch, **arguments)
         (Path(scratch) / LORA_FILE).replace(temporary)
 
 

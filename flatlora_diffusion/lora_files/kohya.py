@@ -15,25 +15,14 @@ from torch import Tensor, nn
 
 from flatlora_diffusion.adapter.delta import LazyLayers, Update, Updates, balanced
 from flatlora_diffusion.adapter.lora import TEXT_ATTENTION
-from flatlora_diffusion.sdxl.sgm_names import original_block_path
+from flatlora_diffusion.families.sdxl.lora_names import KOHYA_PREFIXES as KOHYA_PREFIXES, kohya_name as kohya_name
 
-KOHYA_PREFIXES = {"unet": "lora_unet", "text_encoder": "lora_te1", "text_encoder_2": "lora_te2"}
 # Layers by which other tools recognize SDXL: InvokeAI looks for cross-attention keys in any block, Draw Things for
 # those in the second down block; without the middle block it takes the LoRA for SSD-1B.
 _IDENTIFYING_LAYERS = tuple(
     f"{block}.attentions.0.transformer_blocks.0.attn2.to_k" for block in ("down_blocks.1", "mid_block")
 )
 _MIN_ALPHA, _MAX_ALPHA = 2.0**-8, 2.0**15  # fp16 and bf16 represent this range
-
-
-def kohya_name(part: str, module: str, layers_per_block: int = 2) -> str:
-    """Name a module in kohya's layout, such as `lora_unet_input_blocks_4_1_transformer_blocks_0_attn1_to_q`.
-
-    Raises:
-        KeyError: The UNet's module has no such name (conv_in, time_embedding, ...).
-    """
-    path = original_block_path(module, layers_per_block) if part == "unet" else module
-    return f"{KOHYA_PREFIXES[part]}_{path.replace('.', '_')}"
 
 
 def kohya_tensors(

@@ -18,9 +18,10 @@ from peft.tuners.lora.layer import LoraLayer
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from flatlora_diffusion.adapter.delta import PARTS
 from flatlora_diffusion.adapter.layers import lora_layers
-from flatlora_diffusion.config import ConfigError
+from flatlora_diffusion.adapter.new_tokens import FILE_KEYS
+from flatlora_diffusion.adapter.parts import parts_of
+from flatlora_diffusion.config import TEXT_PARTS, ConfigError
 from flatlora_diffusion.lora_files.diffusers_file import magnitude_tensors, peft_tensors
 from flatlora_diffusion.lora_files.names import BaseNames, pipeline_names
 from flatlora_diffusion.lora_files.paths import LoraFile
@@ -32,7 +33,7 @@ from flatlora_diffusion.storage.run_dir import EMBEDDINGS_FILE, LORA_FILE
 logger = logging.getLogger(__name__)
 
 # Key in the embeddings file, text encoder and tokenizer.
-_EMBEDDINGS = (("clip_l", "text_encoder", "tokenizer"), ("clip_g", "text_encoder_2", "tokenizer_2"))
+_EMBEDDINGS = tuple((FILE_KEYS[part], part, part.replace("text_encoder", "tokenizer")) for part in TEXT_PARTS)
 
 
 @contextmanager
@@ -50,7 +51,7 @@ def loras_loaded(pipeline: Any, files: Sequence[LoraFile]) -> Iterator[None]:
         for path in dict.fromkeys(_embedding_file(file.path) for file in files):
             if path is not None:
                 undo.enter_context(_embeddings_loaded(pipeline, path))
-        for part in PARTS:  # new layers start in training mode, and a file may configure dropout
+        for part in parts_of(pipeline):  # new layers start in training mode, and a file may configure dropout
             getattr(pipeline, part).eval()
         yield
 
@@ -108,13 +109,14 @@ def _adapter(index: int) -> str:
 
 
 def _layers(pipeline: Any) -> list[LoraLayer]:
-    return [layer for part in PARTS for layer in lora_layers(getattr(pipeline, part)).values()]
+    return [layer for part in parts_of(pipeline) for layer in lora_layers(getattr(pipeline, part)).values()]
 
 
 def _load(pipeline: Any, file: CheckedFile, names: BaseNames, adapter: str) -> None:
     lora = load_for_base(file, names)
     # diffusers would apply the file's most common alpha to all layers. PEFT casts to the base's dtype.
-    tensors = peft_tensors(lora.updates, pipeline.unet.dtype) | magnitude_tensors(lora.magnitudes)
+    dtype = getattr(pipeline, names.family.denoiser).dtype
+    tensors = peft_tensors(lora.updates, dtype) | magnitude_tensors(lora.magnitudes)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Already found a `peft_config`")  # several LoRAs are intended
         pipeline.load_lora_weights(tensors, adapter_name=adapter)

@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from flatlora_diffusion.config import TINY, AdapterConfig, TrainConfig
+from flatlora_diffusion.families.labels import Labels
 from flatlora_diffusion.lora_files.kohya import KOHYA_PREFIXES
-from flatlora_diffusion.sdxl.family import Family
 from flatlora_diffusion.storage.atomic_io import file_sha256
 from flatlora_diffusion.storage.run_dir import RunDir
 from flatlora_diffusion.storage.tensor_io import Contents, header_bytes
@@ -52,7 +52,7 @@ class TrainingSummary:
     """
 
     base: str | None
-    family: Family
+    labels: Labels
     step: int
     epoch: int
     images: int
@@ -75,7 +75,7 @@ def kohya_metadata(run: RunDir, config: TrainConfig, training: TrainingSummary, 
     values: dict[str, Any] = {
         "format": "pt",
         # A1111, Forge and SD.Next assume SD 1 without this key.
-        "ss_base_model_version": training.family.version,
+        "ss_base_model_version": training.labels.version,
         **KOHYA_FACTS,
         "ss_output_name": title,
         "ss_sd_model_name": training.base,
@@ -108,7 +108,7 @@ def kohya_metadata(run: RunDir, config: TrainConfig, training: TrainingSummary, 
         "ss_training_finished_at": now.timestamp(),
         "ss_training_comment": said,
         "modelspec.sai_model_spec": MODELSPEC,
-        "modelspec.architecture": training.family.architecture,
+        "modelspec.architecture": training.labels.architecture,
         "modelspec.title": title,
         "modelspec.description": said,
         "modelspec.date": now.replace(microsecond=0).isoformat(),
@@ -149,10 +149,10 @@ def _rank_and_alpha(contents: Contents) -> tuple[str, str]:
     return str(rank), str(alpha)
 
 
-def portable_metadata(metadata: Mapping[str, str], name: str, family: Family) -> dict[str, str]:
+def portable_metadata(metadata: Mapping[str, str], name: str, labels: Labels) -> dict[str, str]:
     """Select the metadata that remain valid in another file with the same LoRA, which is called `name`.
 
-    Drops a base version that contradicts `family`, folders of file names, any value with an absolute path, and
+    Drops a base version that contradicts `labels`, folders of file names, any value with an absolute path, and
     everything about the training images.
     """
     selected = {}
@@ -162,7 +162,7 @@ def portable_metadata(metadata: Mapping[str, str], name: str, family: Family) ->
         # The base64 of a picture in the metadata may contain slashes.
         if not _NOT_PORTABLE.fullmatch(key) and (text.startswith("data:image/") or not _ABSOLUTE_PATH.search(text)):
             selected[key] = text
-    start = f"{family.version.split('_')[0]}_"  # SDXL has several versions
+    start = f"{labels.version.split('_')[0]}_"  # SDXL has several versions
     if not selected.get("ss_base_model_version", start).startswith(start):
         del selected["ss_base_model_version"]
     return {**selected, "format": "pt", "ss_output_name": name, "modelspec.title": name}
@@ -172,7 +172,7 @@ def sidecar(config: TrainConfig, training: TrainingSummary, notes: Sequence[str]
     """Build the JSON beside the kohya file that A1111, Forge and InvokeAI read."""
     return {
         "description": training_comment(config, training.average, training.conversion_note),
-        "sd version": training.family.sidecar,
+        "sd version": training.labels.sidecar,
         "activation text": training.trigger,
         "preferred weight": 1.0,
         "notes": " ".join([f"{training.step} steps, seed {config.run.seed}.", *notes]),

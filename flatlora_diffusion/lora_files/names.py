@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, cast
 
 from torch import nn
 
-from flatlora_diffusion.adapter.delta import PARTS
-from flatlora_diffusion.config import SDXL, TINY, ModelConfig
-from flatlora_diffusion.lora_files.kohya import KOHYA_PREFIXES
+from flatlora_diffusion.config import DENOISERS, SDXL, TINY, ModelConfig
+from flatlora_diffusion.families.family import Family
+from flatlora_diffusion.families.labels import Labels
+from flatlora_diffusion.families.paths import config_file
+from flatlora_diffusion.families.registry import family_of, family_of_pipeline
 from flatlora_diffusion.lora_files.scale import PEFT_PREFIX
-from flatlora_diffusion.sdxl.sgm_names import original_path
-from flatlora_diffusion.sdxl.shapes import config_file, on_meta
 
 Style = Literal["kohya-sgm", "kohya-diffusers", "comfyui", "lycoris", "peft", "diffusers-old", "processor"]
 """How a file names layers: kohya's names with SDXL's original or diffusers' blocks; ComfyUI's model names; LyCORIS's
@@ -21,7 +21,6 @@ Style = Literal["kohya-sgm", "kohya-diffusers", "comfyui", "lycoris", "peft", "d
 `processor.to_q_lora.down`. The last three share their names and differ in the suffix."""
 DIFFUSERS_STYLES: tuple[Style, ...] = ("peft", "diffusers-old", "processor")
 
-_COMFYUI_TEXT = {"text_encoder": "text_encoders.clip_l.", "text_encoder_2": "text_encoders.clip_g."}
 _OLD_TEXT = {"to_q": "q_proj", "to_k": "k_proj", "to_v": "v_proj", "to_out": "out_proj"}
 
 
@@ -43,15 +42,27 @@ class BaseNames:
     """
 
     base: str
-    unet: nn.Module
+    family: Family
+    denoiser: Any
     shapes: dict[str, dict[str, tuple[int, ...]]]
     targets: dict[str, Target]
-    layers_per_block: int
+
+    @property
+    def labels(self) -> Labels:
+        """The names of the base in LoRA files."""
+        return self.family.labels(self.denoiser)
+
+    def names_of(self, part: str, module: str) -> dict[str, Target]:
+        """All names of a layer, or of a norm of the denoiser, mapped to their targets."""
+        names = self.family.file_names(part, module, self.denoiser)
+        return {name: Target(part, module, cast(Style, style)) for name, style in names.items()}
 
     def target(self, name: str, style: Style) -> Target | None:
         """Find the layer that a file in `style` calls `name`; None if this base has no such layer."""
         dotted = _dotted(name)
-        target = self.targets.get(name) or self.targets.get(dotted) or self.targets.get(f"unet.{dotted}")
+        target = (
+            self.targets.get(name) or self.targets.get(dotted) or self.targets.get(f"{self.family.denoiser}.{dotted}")
+        )
         if target is None or target.style != "peft":
             return target  # the name itself determines the style
         return Target(target.part, target.module, style)
@@ -60,17 +71,19 @@ class BaseNames:
 def base_names(base: str | None = None) -> BaseNames:
     """Get the names of a base: a diffusers folder or `tiny`; SDXL's for None and for a base that is not on disk."""
     config = ModelConfig(pretrained_model_name_or_path=base or SDXL)
+    family = family_of(config)
     name = config.pretrained_model_name_or_path
     if name == SDXL:
         name = "SDXL"
-    elif name != TINY and not Path(name).exists() and config_file(config, "unet") is None:
+    elif name != TINY and not Path(name).exists() and config_file(config, family.denoiser) is None:
         name = f"SDXL ({name} is not on this disk)"
-    return _names(name, {part: on_meta(config, part) for part in PARTS})
+    return _names(name, family, {part: family.on_meta(config, part) for part in family.lora_parts})
 
 
 def pipeline_names(pipeline: Any) -> BaseNames:
     """Get the names of a pipeline's layers, which must have no LoRA attached."""
-    return _names("this base", {part: getattr(pipeline, part) for part in PARTS})
+    family = family_of_pipeline(pipeline)
+    return _names("this base", family, {part: getattr(pipeline, part) for part in family.lora_parts})
 
 
 def layer_shapes(part: str, model: nn.Module) -> dict[str, tuple[int, ...]]:
@@ -85,43 +98,19 @@ def adaptable_layers(part: str, model: nn.Module) -> dict[str, Any]:
     layers = {}
     for name, layer in model.named_modules():
         if isinstance(layer, nn.Linear | nn.Conv2d):
-            is_complete = part == "unet" or name.startswith("text_model.") or name == "text_projection"
+            is_complete = part in DENOISERS or name.startswith("text_model.") or name == "text_projection"
             layers[name if is_complete else f"text_model.{name}"] = layer
     return layers
 
 
-def _names(base: str, models: dict[str, Any]) -> BaseNames:
+def _names(base: str, family: Family, models: dict[str, Any]) -> BaseNames:
     shapes = {part: layer_shapes(part, model) for part, model in models.items()}
-    layers_per_block = models["unet"].config.layers_per_block
-    targets: dict[str, Target] = {}
+    denoiser = models[family.denoiser]
+    names = BaseNames(base, family, denoiser, shapes, {})
     for part, layers in shapes.items():
         for module in layers:
-            targets |= names_of(part, module, layers_per_block)
-    return BaseNames(base, models["unet"], shapes, targets, layers_per_block)
-
-
-def names_of(part: str, module: str, layers_per_block: int) -> dict[str, Target]:
-    """All names of a layer, or of a norm of the UNet, mapped to their targets."""
-    flat = module.replace(".", "_")
-    if part != "unet":
-        short = module.removeprefix("text_model.")
-        names: dict[str, Style] = {
-            f"{KOHYA_PREFIXES[part]}_{flat}": "kohya-sgm",  # the same in both of kohya's styles
-            f"{KOHYA_PREFIXES[part]}_{short.replace('.', '_')}": "kohya-sgm",
-            f"{_COMFYUI_TEXT[part]}transformer.{module}": "comfyui",
-            f"{part}.{module}": "peft",
-            f"{part}.{short}": "peft",
-        }
-    else:
-        original = original_path(module, layers_per_block)
-        names = {
-            f"{KOHYA_PREFIXES[part]}_{flat}": "kohya-diffusers",
-            f"{KOHYA_PREFIXES[part]}_{original.replace('.', '_')}": "kohya-sgm",
-            f"diffusion_model.{original}": "comfyui",
-            f"lycoris_{flat}": "lycoris",
-            f"unet.{module}": "peft",
-        }
-    return {name: Target(part, module, style) for name, style in names.items()}
+            names.targets.update(names.names_of(part, module))
+    return names
 
 
 def _shape(layer: Any) -> tuple[int, ...]:

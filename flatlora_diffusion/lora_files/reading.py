@@ -15,7 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flatlora_diffusion.adapter.delta import PARTS, LazyLayers, Update, Updates
+from flatlora_diffusion.adapter.delta import LazyLayers, Update, Updates
+from flatlora_diffusion.adapter.parts import PARTS
 from flatlora_diffusion.config import TINY, ConfigError
 from flatlora_diffusion.lora_files.key_mapping import (
     DOWN_ENDS,
@@ -115,7 +116,7 @@ def load_for_base(file: CheckedFile, names: BaseNames) -> ImportedLora:
             "--pretrained_model_name_or_path"
         )
     lora = parse_layers(file, names)
-    if lora.magnitudes.keys() - {"unet"}:
+    if lora.magnitudes.keys() - {names.family.denoiser}:
         raise ConfigError(f"{file.path} has DoRA magnitudes of a text encoder, which diffusers does not restore")
     if lora.unknown:
         count = len(lora.layers)
@@ -178,7 +179,7 @@ def _check_factors(file: CheckedFile, keys: LayerKeys) -> None:
 
 def _check_family(file: CheckedFile, names: BaseNames) -> None:
     shapes = {name: entry.shape for name, entry in file.entries.items()}
-    layers = names.shapes["unet"].items()
+    layers = names.shapes[names.family.denoiser].items()
     text_width = next(shape[1] for module, shape in layers if module.endswith("attn2.to_k"))
     family = other_family(shapes, text_width)
     if family is not None:

@@ -13,7 +13,8 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from flatlora_diffusion.adapter.delta import PARTS, Update, Updates, cut_to_rank
+from flatlora_diffusion.adapter.delta import Update, Updates, cut_to_rank
+from flatlora_diffusion.adapter.parts import PARTS
 from flatlora_diffusion.config import AverageConfig, ConfigError
 from flatlora_diffusion.lora_files.loading import embedding_files
 from flatlora_diffusion.lora_files.metadata import portable_metadata
@@ -27,7 +28,6 @@ from flatlora_diffusion.lora_tools.converting import (
     write_lora,
 )
 from flatlora_diffusion.lora_tools.outputs import check_embeddings_output, check_lora_output, write_errors
-from flatlora_diffusion.sdxl.family import family_of
 from flatlora_diffusion.storage.atomic_io import file_sha256
 from flatlora_diffusion.storage.run_dir import LORA_FILE
 from flatlora_diffusion.storage.tensor_io import save_tensors
@@ -119,8 +119,8 @@ def averaged_metadata(
     members: Sequence[ImportedLora], names: Sequence[str], weights: Sequence[float], strength: float, name: str
 ) -> dict[str, str]:
     """Merge the metadata on which all members agree with a record of the members; the file is called `name`."""
-    family = family_of(members[0].base.unet)
-    first, *others = [portable_metadata(member.file.metadata, name, family) for member in members]
+    labels = members[0].base.labels
+    first, *others = [portable_metadata(member.file.metadata, name, labels) for member in members]
     shared = {key: value for key, value in first.items() if all(other.get(key) == value for other in others)}
     parts = [
         {"name": member_name, "sha256": file_sha256(member.file.path), "weight": round(weight, 6)}

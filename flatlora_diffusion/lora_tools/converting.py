@@ -11,6 +11,9 @@ from typing import Any, NamedTuple
 
 from flatlora_diffusion.adapter.delta import LazyLayers, Update, Updates, update_norms
 from flatlora_diffusion.config import ConfigError, ExportConfig, FileLayout, ImportConfig, SaveDtype
+from flatlora_diffusion.families.device import DTYPES
+from flatlora_diffusion.families.labels import Labels
+from flatlora_diffusion.families.paths import base_path
 from flatlora_diffusion.lora_files.diffusers_file import iter_peft_tensors, portable_module_path
 from flatlora_diffusion.lora_files.key_mapping import is_bias_or_norm
 from flatlora_diffusion.lora_files.kohya import kohya_name, kohya_tensors, with_required_layers
@@ -22,9 +25,6 @@ from flatlora_diffusion.lora_files.reading import ImportedLora, import_lora, par
 from flatlora_diffusion.lora_files.safe_reading import CheckedFile, read_header, shortlist
 from flatlora_diffusion.lora_files.writing import check_updates, save_kohya
 from flatlora_diffusion.lora_tools.outputs import check_lora_output, write_errors
-from flatlora_diffusion.sdxl.device import DTYPES
-from flatlora_diffusion.sdxl.family import TINY_FAMILY, Family, family_of
-from flatlora_diffusion.sdxl.loading import base_path
 from flatlora_diffusion.storage.run_dir import LORA_FILE, file_name
 from flatlora_diffusion.storage.tensor_io import contents_of, save_stream
 
@@ -87,8 +87,8 @@ def write_lora(
         path.parent.mkdir(parents=True, exist_ok=True)
         if layout == "kohya":
             lora = _complete(_with_kohya_names(lora, path), base, path)
-            whole = _kohya_metadata(metadata, path, family_of(base.unet))
-            save_kohya(path, partial(kohya_tensors, lora, base.layers_per_block, kind), whole)
+            whole = _kohya_metadata(metadata, path, base.labels)
+            save_kohya(path, partial(kohya_tensors, lora, base.denoiser.config.layers_per_block, kind), whole)
         else:
             tensors = partial(iter_peft_tensors, lora, kind)
             whole = {**metadata, "lora_adapter_metadata": json.dumps(_adapter_metadata(lora), sort_keys=True)}
@@ -142,8 +142,8 @@ def _convert(source: Path, paths: Mapping[FileLayout, Path], config: ExportConfi
         check_lora_output(path, config.overwrite, input_paths(source, config.base))
     lora = read_lora_file(str(source), config.base)
     name = (isinstance(config, ExportConfig) and config.name) or lora.file.metadata.get("ss_output_name")
-    family = family_of(lora.base.unet)
-    metadata = portable_metadata(lora.file.metadata, file_name(name) if name else source.stem, family)
+    labels = lora.base.labels
+    metadata = portable_metadata(lora.file.metadata, file_name(name) if name else source.stem, labels)
     dtype = config.dtype or source_dtype(lora)
     return [write_lora(lora.updates, lora.base, path, layout, dtype, metadata) for layout, path in paths.items()]
 
@@ -187,7 +187,7 @@ def _has_kohya_name(part: str, module: str) -> bool:
 
 def _complete(lora: Updates, base: BaseNames, path: Path) -> Updates:
     """Add the layers that other tools require; warn if these are the UNet's only layers."""
-    whole = with_required_layers(lora, base.unet)
+    whole = with_required_layers(lora, base.denoiser)
     added = whole.get("unet", {})
     if added and "unet" not in lora:
         logger.warning(
@@ -198,13 +198,13 @@ def _complete(lora: Updates, base: BaseNames, path: Path) -> Updates:
     return whole
 
 
-def _kohya_metadata(metadata: Mapping[str, str], path: Path, family: Family) -> dict[str, str]:
+def _kohya_metadata(metadata: Mapping[str, str], path: Path, labels: Labels) -> dict[str, str]:
     """Add the keys of every kohya file to `metadata`; warn if the base is unknown to other tools."""
-    if family == TINY_FAMILY:
-        logger.warning("%s is for %s, which other tools do not have", path.name, family.name)
+    if labels.is_demo:
+        logger.warning("%s is for %s, which other tools do not have", path.name, labels.name)
     # Without the first key some web UIs assume another model family.
-    defaults = {"ss_base_model_version": family.version, "modelspec.sai_model_spec": MODELSPEC}
-    return {**defaults, **metadata, **KOHYA_FACTS, "modelspec.architecture": family.architecture}
+    defaults = {"ss_base_model_version": labels.version, "modelspec.sai_model_spec": MODELSPEC}
+    return {**defaults, **metadata, **KOHYA_FACTS, "modelspec.architecture": labels.architecture}
 
 
 def _adapter_metadata(lora: Updates) -> dict[str, Any]:

@@ -14,7 +14,6 @@ from flatlora_diffusion.lora_files.reading import FileLayer, ImportedLora
 from flatlora_diffusion.lora_files.safe_reading import printable, shortlist
 from flatlora_diffusion.lora_tools.converting import read_lora_file
 from flatlora_diffusion.lora_tools.tool_support import tool_support
-from flatlora_diffusion.sdxl.family import TINY_FAMILY, family_of
 
 _STYLE_NAMES = {
     "kohya-sgm": "kohya",
@@ -37,13 +36,13 @@ def inspect_lora(config: InspectConfig) -> str:
 
 def lora_report(lora: ImportedLora) -> dict[str, Any]:
     """Build the report as JSON types. `norm` is ||scale * B A||_F over the layers of a block."""
-    family = family_of(lora.base.unet)
+    labels = lora.base.labels
     blocks: dict[tuple[str, str], list[FileLayer]] = defaultdict(list)
     for layer in lora.layers:
         blocks[layer.target.part, _block(layer)].append(layer)
     return {
         "file": lora.file.path.name,
-        "base": family.name if family == TINY_FAMILY else lora.base.base,
+        "base": labels.name if labels.is_demo else lora.base.base,
         "layout": _counts(_STYLE_NAMES[layer.target.style] for layer in lora.layers),
         "dtype": _counts(layer.dtype for layer in lora.layers),
         "ranks": _counts(str(layer.rank) for layer in lora.layers),

@@ -13,8 +13,13 @@ from typing import Any, NamedTuple
 import torch
 from safetensors import SafetensorError, safe_open
 
-from flatlora_diffusion.adapter.delta import PARTS, Update
-from flatlora_diffusion.config import ConfigError, MergeConfig, ModelConfig, RunError
+from flatlora_diffusion.adapter.delta import Update
+from flatlora_diffusion.adapter.parts import parts_of
+from flatlora_diffusion.config import ConfigError, MergeConfig, ModelConfig, RunError, function_at
+from flatlora_diffusion.families.device import DTYPES
+from flatlora_diffusion.families.family import Family
+from flatlora_diffusion.families.paths import base_given_as, base_path
+from flatlora_diffusion.families.registry import family_of, load_base
 from flatlora_diffusion.lora_files.loading import embedding_files
 from flatlora_diffusion.lora_files.names import adaptable_layers
 from flatlora_diffusion.lora_files.paths import LoraFile, parse_lora
@@ -25,9 +30,6 @@ from flatlora_diffusion.lora_tools.outputs import (
     replace_folder,
     write_errors,
 )
-from flatlora_diffusion.sdxl.device import DTYPES
-from flatlora_diffusion.sdxl.loading import base_given_as, base_path, load_pipeline
-from flatlora_diffusion.sdxl.single_file import PREFIXES, save_single_file
 
 logger = logging.getLogger(__name__)
 
@@ -48,19 +50,23 @@ def merge_loras(config: MergeConfig) -> Path:
     """
     output, files = Path(config.output), [file for text in config.lora for file in parse_lora(text)]
     _check_config(config, output, files)
+    model = ModelConfig(pretrained_model_name_or_path=config.base, single_file_config=config.single_file_config)
+    family = family_of(model)
+    if config.single_file and family.single_file_saver is None:
+        raise ConfigError(f"--single_file is not supported on {family.name}; give a folder as --output instead")
     dtypes = stored_dtypes(base_path(config.base))
     if config.dtype is not None:
         dtypes = dict.fromkeys(dtypes, DTYPES[config.dtype])
-    model = ModelConfig(pretrained_model_name_or_path=config.base, single_file_config=config.single_file_config)
     with base_given_as("base"):
-        pipeline: Any = load_pipeline(model, torch.device("cpu"), widest_dtype(dtypes))
+        pipeline: Any = load_base(model, torch.device("cpu"), widest_dtype(dtypes)).pipeline
     merge_into(pipeline, files, config.single_file_config or config.base, dtypes)
     for part, dtype in dtypes.items():
         getattr(pipeline, part).to(dtype)
-    save = save_single_file if config.single_file else _save_folder
+    save = function_at(str(family.single_file_saver)) if config.single_file else _save_folder
     with write_errors(output):
         output.parent.mkdir(parents=True, exist_ok=True)
-        return save(pipeline, output)
+        path: Path = save(pipeline, output)
+        return path
 
 
 @torch.no_grad()
@@ -76,7 +82,7 @@ def merge_into(pipeline: Any, files: Sequence[LoraFile], base: str | None, dtype
         for part, layers in read_lora_file(str(file.path), base).updates.items():
             for module in layers:
                 loras.setdefault((part, module), []).append(_WeightedLayers(layers, file.weight))
-    for part in PARTS:
+    for part in parts_of(pipeline):
         for module, layer in adaptable_layers(part, getattr(pipeline, part)).items():
             if (part, module) not in loras:
                 continue
@@ -92,7 +98,8 @@ def merge_into(pipeline: Any, files: Sequence[LoraFile], base: str | None, dtype
 
 def stored_dtypes(path: str) -> dict[str, torch.dtype]:
     """The most common dtype on disk of each part of a base folder or single file; fp16 for a hub id."""
-    return {part: _stored_dtype(Path(path), part) for part in PREFIXES}
+    family = family_of(ModelConfig(path))
+    return {part: _stored_dtype(Path(path), part, family) for part in family.parts}
 
 
 def widest_dtype(dtypes: Mapping[str, torch.dtype]) -> torch.dtype:
@@ -101,8 +108,8 @@ def widest_dtype(dtypes: Mapping[str, torch.dtype]) -> torch.dtype:
     return used.pop() if len(used) == 1 else torch.float32
 
 
-def _stored_dtype(base: Path, part: str) -> torch.dtype:
-    prefix = PREFIXES[part] if base.is_file() else ""
+def _stored_dtype(base: Path, part: str, family: Family) -> torch.dtype:
+    prefix = family.file_prefixes[part] if base.is_file() else ""
     # A dot in the stem marks a variant such as .fp16, which is not loaded.
     files = (
         [base] if base.is_file() else [file for file in (base / part).glob("*.safetensors") if "." not in file.stem]

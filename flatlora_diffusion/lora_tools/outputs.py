@@ -11,8 +11,8 @@ from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 
-from flatlora_diffusion.config import ConfigError
-from flatlora_diffusion.sdxl.single_file import PREFIXES
+from flatlora_diffusion.config import ConfigError, ModelConfig
+from flatlora_diffusion.families.registry import family_of
 from flatlora_diffusion.storage.model_paths import SAFETENSORS
 from flatlora_diffusion.storage.separate_folders import relation
 
@@ -25,7 +25,7 @@ _SHARD = r"(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?"
 # The files of a saved SDXL pipeline, by their paths in its folder.
 _PIPELINE_FILES = re.compile(
     r"model_index\.json|scheduler/scheduler_config\.json"
-    rf"|(unet|vae)/(config\.json|diffusion_pytorch_model{_SHARD})"
+    rf"|(unet|transformer|vae)/(config\.json|diffusion_pytorch_model{_SHARD})"
     rf"|text_encoder(_2)?/(config\.json|model{_SHARD})"
     r"|tokenizer(_2)?/((tokenizer|tokenizer_config|special_tokens_map|added_tokens|vocab)\.json|merges\.txt)"
 )
@@ -48,7 +48,8 @@ def check_embeddings_output(path: Path, overwrite: bool, read: Iterable[Path]) -
 
 def check_checkpoint_output(path: Path, overwrite: bool, read: Iterable[Path]) -> None:
     """Like `check_lora_output`, for a single-file model."""
-    _check_file(path, overwrite, read, "checkpoint of SDXL", lambda name: name.startswith(tuple(PREFIXES.values())))
+    prefixes = tuple(family_of(ModelConfig(str(path))).file_prefixes.values())
+    _check_file(path, overwrite, read, "checkpoint of SDXL", lambda name: name.startswith(prefixes))
 
 
 def check_model_output(folder: Path, overwrite: bool, read: Iterable[Path]) -> None:

@@ -10,8 +10,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from flatlora_diffusion.adapter.delta import PARTS, Update, cut_to_rank, truncated_svd
+from flatlora_diffusion.adapter.delta import Update, cut_to_rank, truncated_svd
+from flatlora_diffusion.adapter.parts import parts_of
 from flatlora_diffusion.config import ConfigError, ExtractConfig, FileLayout, ModelConfig, ResizeConfig
+from flatlora_diffusion.families.paths import base_given_as, base_path
+from flatlora_diffusion.families.registry import load_base
 from flatlora_diffusion.lora_files.metadata import portable_metadata
 from flatlora_diffusion.lora_files.names import DIFFUSERS_STYLES, BaseNames, adaptable_layers, base_names
 from flatlora_diffusion.lora_files.paths import lora_file
@@ -26,8 +29,6 @@ from flatlora_diffusion.lora_tools.converting import (
 )
 from flatlora_diffusion.lora_tools.merging import stored_dtypes, widest_dtype
 from flatlora_diffusion.lora_tools.outputs import check_lora_output
-from flatlora_diffusion.sdxl.family import family_of
-from flatlora_diffusion.sdxl.loading import base_given_as, base_path, load_pipeline
 
 logger = logging.getLogger(__name__)
 
@@ -54,7 +55,7 @@ def resize_lora(config: ResizeConfig) -> ReducedFile:
             missed += float(values[len(smaller.down) :].square().sum())
             whole += float(values.square().sum())
     layout: FileLayout = "diffusers" if lora.layers[0].target.style in DIFFUSERS_STYLES else "kohya"
-    metadata = portable_metadata(lora.file.metadata, path.stem, family_of(lora.base.unet))
+    metadata = portable_metadata(lora.file.metadata, path.stem, lora.base.labels)
     written = write_lora(resized, lora.base, path, layout, config.dtype or source_dtype(lora), metadata)
     return ReducedFile(written, math.sqrt(missed / whole))
 
@@ -70,7 +71,7 @@ def extract_lora(config: ExtractConfig) -> ReducedFile:
     base, tuned = _load_model("base", config), _load_model("tuned", config)
     missed, whole = 0.0, 0.0
     extracted: dict[str, dict[str, Update]] = {}
-    for part in PARTS:
+    for part in parts_of(base):
         before, after = (adaptable_layers(part, getattr(model, part)) for model in (base, tuned))
         _check_same_shapes(before, after, part, config)
         states = [getattr(model, part).state_dict() for model in (base, tuned)]
@@ -87,7 +88,7 @@ def extract_lora(config: ExtractConfig) -> ReducedFile:
     if not extracted:
         raise ConfigError(f"tuned={config.tuned!r} has the same weights as the base; give a fine-tuned model")
     names: BaseNames = base_names(config.single_file_config or config.base)
-    metadata = portable_metadata({}, path.stem, family_of(names.unet))
+    metadata = portable_metadata({}, path.stem, names.labels)
     return ReducedFile(
         write_lora(extracted, names, path, config.layout, config.dtype, metadata), math.sqrt(missed / whole)
     )
@@ -100,7 +101,7 @@ def _load_model(setting: str, config: ExtractConfig) -> Any:
     folder = config.single_file_config if name in files or not files else None
     model = ModelConfig(pretrained_model_name_or_path=name, single_file_config=folder)
     with base_given_as(setting):
-        return load_pipeline(model, torch.device("cpu"), widest_dtype(stored_dtypes(base_path(name))))
+        return load_base(model, torch.device("cpu"), widest_dtype(stored_dtypes(base_path(name)))).pipeline
 
 
 def _check_same_shapes(before: dict[str, Any], after: dict[str, Any], part: str, config: ExtractConfig) -> None:

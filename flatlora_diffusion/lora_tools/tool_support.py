@@ -13,12 +13,11 @@ from typing import NamedTuple
 from torch import nn
 
 from flatlora_diffusion.adapter.lora import TEXT_ATTENTION
-from flatlora_diffusion.lora_files.names import BaseNames, Target, names_of
+from flatlora_diffusion.lora_files.names import BaseNames, Target
 from flatlora_diffusion.lora_files.reading import FileLayer, ImportedLora
 from flatlora_diffusion.lora_files.safe_reading import printable
 from flatlora_diffusion.lora_files.scale import PEFT_PREFIX
 from flatlora_diffusion.lora_tools.diffusers_support import diffusers_support
-from flatlora_diffusion.sdxl.family import TINY_FAMILY, family_of
 
 _MIXED_NAMES = "it rejects a mixture of SDXL's original and diffusers' block names"
 _OUTSIDE_BLOCKS = ("conv_in", "conv_out", "time_embedding.", "add_embedding.")
@@ -38,11 +37,11 @@ class Support(NamedTuple):
 
 def tool_support(lora: ImportedLora) -> list[Support]:
     """Predict the support of each tool, in a fixed order."""
-    family = family_of(lora.base.unet)
-    if family == TINY_FAMILY:
+    labels = lora.base.labels
+    if labels.is_demo:
         count, note = diffusers_support(lora)
         diffusers = Support("diffusers", count, note or "with the tiny base only")
-        unsupported = f"only diffusers supports its base, {family.name}"
+        unsupported = f"only diffusers supports its base, {labels.name}"
         return [diffusers if tool == diffusers.tool else Support(tool, 0, unsupported) for tool in _TOOLS]
     supports = [Support(tool, *predict(lora)) for tool, predict in _TOOLS.items()]
     return [row if row.tool == "diffusers" else _with_strength(lora, row) for row in supports]
@@ -222,9 +221,9 @@ def _forge_maps(layer: FileLayer) -> bool:
 def _forge_names(base: BaseNames) -> set[str]:
     """The names for which Forge accepts changes of weights and biases: layers, and the UNet's norms."""
     targets = dict(base.targets)
-    for module, layer in base.unet.named_modules():
+    for module, layer in base.denoiser.named_modules():
         if isinstance(layer, nn.GroupNorm | nn.LayerNorm):
-            targets |= names_of("unet", module, base.layers_per_block)
+            targets |= base.names_of(base.family.denoiser, module)
     return {name for name, target in targets.items() if _is_in_comfyui_map(name, target)}
 
 

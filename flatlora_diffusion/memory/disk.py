@@ -13,12 +13,12 @@ import torch
 from flatlora_diffusion.adapter.delta import FOLD_RANK
 from flatlora_diffusion.adapter.layers import lora_layers
 from flatlora_diffusion.adapter.lora import add_lora, trainable_parameters
-from flatlora_diffusion.config import ADAPTERS, TEXT_PARTS, AdapterConfig, ModelConfig, TrainConfig
+from flatlora_diffusion.config import ADAPTERS, AdapterConfig, ModelConfig, TrainConfig
 from flatlora_diffusion.data.images import SIDECAR_SUFFIXES
+from flatlora_diffusion.families.device import DTYPES
+from flatlora_diffusion.families.registry import family_of
 from flatlora_diffusion.memory.estimate import optimizer_bytes, resolution_of
 from flatlora_diffusion.memory.meta_step import weight_count
-from flatlora_diffusion.sdxl.device import DTYPES
-from flatlora_diffusion.sdxl.shapes import on_meta
 
 PIXEL = 1.6  # bytes per pixel of a PNG
 _ENTRY = 160  # bytes per tensor in a file header
@@ -67,12 +67,13 @@ def class_images_need(config: TrainConfig) -> int:
 @lru_cache(maxsize=64)
 def _shapes(model: ModelConfig, adapter: AdapterConfig) -> tuple[list[torch.Size], list[torch.Size]]:
     """Return the shapes of the trained tensors, without new tokens, and of the adapted frozen weights."""
-    unet = on_meta(model, "unet")
-    encoders = {part: on_meta(model, part) for part in TEXT_PARTS} if adapter.train_text_encoder else {}
-    add_lora(unet, adapter, 0, encoders or None, model.clip_skip)
+    family = family_of(model)
+    denoiser = family.on_meta(model, family.denoiser)
+    encoders = {part: family.on_meta(model, part) for part in family.text_parts} if adapter.train_text_encoder else {}
+    add_lora(denoiser, adapter, 0, encoders or None, model.clip_skip)
     trained: list[torch.Size] = []
     adapted: list[torch.Size] = []
-    for part in (unet, *encoders.values()):
+    for part in (denoiser, *encoders.values()):
         trained += [parameter.shape for parameter in trainable_parameters(part).values()]
         adapted += [layer.get_base_layer().weight.shape for layer in lora_layers(part).values()]
     return trained, adapted
@@ -110,8 +111,9 @@ def _matrix(shape: torch.Size) -> tuple[int, int]:
 def _merged(config: TrainConfig) -> int:
     """Return the bytes of the merged pipeline of full fine-tuning, with its VAE in fp32."""
     width = DTYPES[config.optim.precision_of_base].itemsize
-    parts = sum(weight_count(config.model, part) for part in ("unet", *TEXT_PARTS))
-    return width * parts + _FP32 * weight_count(config.model, "vae")
+    family = family_of(config.model)
+    weights = sum(weight_count(config.model, part) for part in (family.denoiser, *family.text_parts))
+    return width * weights + _FP32 * weight_count(config.model, "vae")
 
 
 def _previews(config: TrainConfig) -> int:

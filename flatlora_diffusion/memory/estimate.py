@@ -15,14 +15,14 @@ import torch
 from flatlora_diffusion.config import (
     ADAPTERS,
     METHODS,
-    TEXT_PARTS,
-    ModelConfig,
     OptimConfig,
     PerturbConfig,
     Quantization,
     TrainConfig,
 )
 from flatlora_diffusion.data.images import find_images
+from flatlora_diffusion.families.device import DTYPES
+from flatlora_diffusion.families.registry import family_of
 from flatlora_diffusion.memory.meta_step import (
     StepBytes,
     TrainedModel,
@@ -32,9 +32,6 @@ from flatlora_diffusion.memory.meta_step import (
     weight_count,
 )
 from flatlora_diffusion.method.low_rank_draw import DRAW_RANK
-from flatlora_diffusion.sdxl.device import DTYPES
-from flatlora_diffusion.sdxl.loading import vae_dtype
-from flatlora_diffusion.sdxl.shapes import native_size, part_settings, size_step
 
 GIB = 2**30
 CONTEXT_BYTES = int(0.6 * GIB)  # typical CUDA context with the kernels and workspaces of cuBLAS and cuDNN
@@ -51,7 +48,7 @@ class MemoryEstimate:
     """Bytes on the device. Fragmentation is not included: keep a tenth of the memory free for it.
 
     Attributes:
-        unet, text_encoders, vae: weights during a training step.
+        denoiser, text_encoders, vae: weights during a training step.
         lora, gradients, optimizer, ema: trained weights and their state.
         activations: tensors saved for backward.
         temporary: additional memory at the peak of backward, such as a recomputed block.
@@ -62,7 +59,7 @@ class MemoryEstimate:
         class_images: total while class images are generated; 0 if none are.
     """
 
-    unet: int
+    denoiser: int
     text_encoders: int
     vae: int
     lora: int
@@ -108,14 +105,14 @@ def estimate_memory(config: TrainConfig) -> MemoryEstimate:
     passes = measure()
     # With buckets a class image is used in several sizes, so it is encoded in each step.
     is_cached = data.cache_latents and not (data.with_prior_preservation and data.use_aspect_ratio_buckets)
-    vae_precision = _vae_dtype(base, base_dtype)
+    vae_precision = family_of(base).vae_dtype(base, base_dtype)
     vae_passes = measure_vae(base, vae_precision, 1 if is_cached else images, resolution)
 
     lora = 4 * sum(map(math.prod, passes.trained))
-    text_encoders = base_dtype.itemsize * sum(weight_count(base, part) for part in TEXT_PARTS)
+    text_encoders = base_dtype.itemsize * sum(weight_count(base, part) for part in family_of(model).text_parts)
     vae = vae_precision.itemsize * weight_count(base, "vae")
     step = MemoryEstimate(
-        unet=_unet_bytes(passes, model.quantize_base, base_dtype.itemsize),
+        denoiser=_denoiser_bytes(passes, model.quantize_base, base_dtype.itemsize),
         text_encoders=0 if model.offload and not config.encodes_in_steps else text_encoders,
         vae=0 if model.offload and is_cached else vae,
         lora=lora,
@@ -127,10 +124,10 @@ def estimate_memory(config: TrainConfig) -> MemoryEstimate:
         perturbation=method_bytes(measure, dtype.itemsize, config),
         context=CONTEXT_BYTES,
     )
-    loaded = step.context + step.unet + text_encoders + vae + lora
+    loaded = step.context + step.denoiser + text_encoders + vae + lora
     state = step.optimizer + step.ema
     if is_cached:  # encoding is before training, and a UNet with --offload is moved to the device after it
-        while_encoding = loaded - (step.unet + lora if model.is_unet_last else 0)
+        while_encoding = loaded - (step.denoiser + lora if model.is_unet_last else 0)
     else:  # encoding is in each step, with gradients and optimizer state allocated
         while_encoding = loaded - text_encoders + step.text_encoders + state + step.gradients
     has_previews = config.run.validation_prompt is not None or config.run.validation_prompts_file is not None
@@ -212,7 +209,7 @@ def _switches(config: TrainConfig) -> Iterator[tuple[str, dict[str, Any]]]:
 
 def _less_training(config: TrainConfig) -> Iterator[tuple[str, dict[str, Any]]]:
     """Yield settings that reduce the memory by training fewer pixels or weights."""
-    multiple = size_step(config.model)
+    multiple = family_of(config.model).sizes(config.model).step
     smaller = resolution_of(config) * 3 // 4 // multiple * multiple
     if smaller:
         yield f"--resolution {smaller}", {"resolution": smaller}
@@ -231,26 +228,20 @@ def _class_images(config: TrainConfig, passes: StepBytes, resolution: int) -> in
     if folder.is_dir() and len(find_images(folder)[0]) >= data.num_class_images:
         return 0
     dtype = DTYPES[data.prior_generation_precision or "fp16"]
-    vae_precision = _vae_dtype(model, dtype)
+    vae_precision = family_of(model).vae_dtype(model, dtype)
     sampling = measure_sampling(model, dtype, data.sample_batch_size, resolution)
     decoding = measure_vae(model, vae_precision, 1, resolution).decode_peak
-    unet = _unet_bytes(passes, config.model.quantize_base, dtype.itemsize)
-    encoders = dtype.itemsize * sum(weight_count(model, part) for part in TEXT_PARTS)
+    denoiser = _denoiser_bytes(passes, config.model.quantize_base, dtype.itemsize)
+    encoders = dtype.itemsize * sum(weight_count(model, part) for part in family_of(model).text_parts)
     vae = vae_precision.itemsize * weight_count(model, "vae")
     if config.model.is_unet_last:  # the models are moved to the device one by one
-        return CONTEXT_BYTES + max(encoders, unet + sampling, vae + decoding)
-    return CONTEXT_BYTES + encoders + unet + vae + max(sampling, decoding)
-
-
-def _vae_dtype(model: ModelConfig, dtype: torch.dtype) -> torch.dtype:
-    """Return the precision of the VAE with a base in `dtype`."""
-    is_default = model.pretrained_vae_model_name_or_path is None
-    return torch.float32 if is_default else vae_dtype(part_settings(model, "vae"), dtype)
+        return CONTEXT_BYTES + max(encoders, denoiser + sampling, vae + decoding)
+    return CONTEXT_BYTES + encoders + denoiser + vae + max(sampling, decoding)
 
 
 def resolution_of(config: TrainConfig) -> int:
     """The run's size in pixels; the base's own where it is left open."""
-    return config.data.resolution or native_size(config.model)
+    return config.data.resolution or family_of(config.model).sizes(config.model).native
 
 
 def _new_tokens(config: TrainConfig) -> int:
@@ -258,8 +249,8 @@ def _new_tokens(config: TrainConfig) -> int:
     return len(tokens.placeholders) * tokens.num_new_tokens_per_abstraction if tokens.train_text_encoder_ti else 0
 
 
-def _unet_bytes(passes: StepBytes, kind: Quantization | None, width: int) -> int:
-    """Return the bytes of the frozen UNet with `width` bytes per weight; only Linear layers are quantized."""
+def _denoiser_bytes(passes: StepBytes, kind: Quantization | None, width: int) -> int:
+    """Return the bytes of the frozen denoiser with `width` bytes per weight; only Linear layers are quantized."""
     per_weight, per_row = (width, 0) if kind is None else _QUANTIZED[kind]
     linear = sum(rows * (inputs * per_weight + per_row) for rows, inputs in passes.linear)
     return int(linear) + passes.other * width

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,14 +10,13 @@ from pathlib import Path
 import torch
 from safetensors import safe_open
 
-from flatlora_diffusion.config import TEXT_PARTS, ModelConfig, TrainConfig
+from flatlora_diffusion.config import ModelConfig, TrainConfig
 from flatlora_diffusion.data.dataset import Sample
+from flatlora_diffusion.families.device import DTYPES
+from flatlora_diffusion.families.paths import base_path
+from flatlora_diffusion.families.registry import family_of
 from flatlora_diffusion.memory.estimate import in_gib, resolution_of
 from flatlora_diffusion.memory.meta_step import weight_count
-from flatlora_diffusion.sdxl.device import DTYPES
-from flatlora_diffusion.sdxl.loading import base_path
-from flatlora_diffusion.sdxl.shapes import TOKENS, part_settings, vae_factor
-from flatlora_diffusion.sdxl.single_file import PREFIXES
 
 _POSTERIOR = 2 * 2 * 4  # mean and std, plain and mirrored, in fp32
 
@@ -48,15 +48,15 @@ class CpuEstimate:
 
 def estimate_cpu_memory(config: TrainConfig, samples: Sequence[Sample]) -> CpuEstimate:
     """Estimate the CPU memory of a run on `samples`; a base that is not on disk counts as SDXL."""
-    model, data = config.model, config.data
+    model, data, family = config.model, config.data, family_of(config.model)
     dtype = DTYPES[config.optim.precision_of_base]
     squares = data.num_class_images if data.with_prior_preservation and not data.use_aspect_ratio_buckets else 0
     is_cached = data.cache_latents and (squares > 0 or not data.with_prior_preservation)
-    offloaded = (*(() if config.encodes_in_steps else TEXT_PARTS), *(("vae",) if is_cached else ()))
+    offloaded = (*(() if config.encodes_in_steps else family.text_parts), *(("vae",) if is_cached else ()))
     captions = {sample.caption for sample in samples}
     if data.with_prior_preservation or config.objective.prior_from_base:
         captions.add(str(data.class_prompt))
-    side, channels = resolution_of(config) // vae_factor(model), int(part_settings(model, "vae")["latent_channels"])
+    latent = math.prod(family.latent_shape(model, resolution_of(config)))
     class_dtype = DTYPES[data.prior_generation_precision or "fp16"]
     return CpuEstimate(
         loading=_loading(model, dtype),
@@ -64,8 +64,8 @@ def estimate_cpu_memory(config: TrainConfig, samples: Sequence[Sample]) -> CpuEs
         offloaded=sum(weight_count(model, part) * _loaded_as(part, dtype).itemsize for part in offloaded)
         if model.offload
         else 0,
-        latents=(len(samples) + squares) * _POSTERIOR * channels * side**2 if data.cache_latents else 0,
-        prompts=0 if config.encodes_in_steps else len(captions) * _prompt_numbers(model) * dtype.itemsize,
+        latents=(len(samples) + squares) * _POSTERIOR * latent if data.cache_latents else 0,
+        prompts=0 if config.encodes_in_steps else len(captions) * family.prompt_numbers(model) * dtype.itemsize,
         mapped=_mapped(model, dtype),
     )
 
@@ -91,17 +91,19 @@ def _loading(model: ModelConfig, dtype: torch.dtype) -> int:
     A file in the right precision is memory-mapped. In a folder the file of one model is open at a time, a single file
     is open as a whole (measured with diffusers 0.42: 690 MiB in fp32 take 1,044 MiB to load in fp16).
     """
-    counts = {part: weight_count(model, part) for part in PREFIXES}
+    counts = {part: weight_count(model, part) for part in family_of(model).parts}
     cast = [
-        _file_bytes(model, part, counts) for part in PREFIXES if _file_dtype(model, part) != _loaded_as(part, dtype)
+        _file_bytes(model, part, counts)
+        for part in family_of(model).parts
+        if _file_dtype(model, part) != _loaded_as(part, dtype)
     ]
     open_files = sum(cast) if _single_file(model) is not None else max(cast, default=0)
-    return sum(counts[part] * _loaded_as(part, dtype).itemsize for part in PREFIXES) + int(open_files)
+    return sum(counts[part] * _loaded_as(part, dtype).itemsize for part in counts) + int(open_files)
 
 
 def _mapped(model: ModelConfig, dtype: torch.dtype) -> int:
     """Return the bytes of the parts whose file has the precision they are loaded in."""
-    parts = [part for part in PREFIXES if _file_dtype(model, part) == _loaded_as(part, dtype)]
+    parts = [part for part in family_of(model).parts if _file_dtype(model, part) == _loaded_as(part, dtype)]
     return sum(weight_count(model, part) * _loaded_as(part, dtype).itemsize for part in parts)
 
 
@@ -133,7 +135,7 @@ def _file_dtype(model: ModelConfig, part: str) -> torch.dtype:
         )  # most without variant are fp32
     with safe_open(files[0], framework="pt") as opened:
         names = list(opened.keys())
-        of_part = [name for name in names if name.startswith(PREFIXES[part])]
+        of_part = [name for name in names if name.startswith(family_of(model).file_prefixes[part])]
         dtype: torch.dtype = opened.get_tensor((of_part or names)[0]).dtype
         return dtype
 
@@ -153,9 +155,3 @@ def _is_separate_vae(model: ModelConfig, part: str) -> bool:
 def _variant_suffix(model: ModelConfig, part: str) -> str | None:
     """Return the part of the file names that marks the variant, or None."""
     return f".{model.variant}." if model.variant is not None and not _is_separate_vae(model, part) else None
-
-
-def _prompt_numbers(model: ModelConfig) -> int:
-    """Return the size of the embeddings of a caption: 77 tokens of both encoders, and the pooled one of the second."""
-    first, second = (part_settings(model, part) for part in TEXT_PARTS)
-    return int(TOKENS * (first["hidden_size"] + second["hidden_size"]) + second["projection_dim"])

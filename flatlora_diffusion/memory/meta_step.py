@@ -15,12 +15,9 @@ from torch.utils.checkpoint import checkpoint
 from flatlora_diffusion.adapter.layers import lora_layers
 from flatlora_diffusion.adapter.lora import add_lora, trainable_parameters
 from flatlora_diffusion.adapter.new_tokens import ExtendedEmbedding
-from flatlora_diffusion.config import TEXT_PARTS, AdapterConfig, ModelConfig, function_at
+from flatlora_diffusion.config import AdapterConfig, ModelConfig, function_at
+from flatlora_diffusion.families.registry import family_of
 from flatlora_diffusion.memory.meta_allocator import AsOnGpu, LiveBytes
-from flatlora_diffusion.sdxl.denoiser import Denoiser
-from flatlora_diffusion.sdxl.loading import decode_one_by_one
-from flatlora_diffusion.sdxl.pipeline import decode_latents, posterior
-from flatlora_diffusion.sdxl.shapes import TOKENS, on_meta, part_settings, vae_factor
 
 
 @dataclass(frozen=True)
@@ -43,8 +40,8 @@ class StepBytes:
     Attributes:
         trained: shapes of the trained tensors.
         adapted: shapes of the frozen weights with a LoRA.
-        linear: (rows, inputs) of the frozen Linear layers of the UNet.
-        other: number of other frozen weights of the UNet.
+        linear: (rows, inputs) of the frozen Linear layers of the denoiser.
+        other: number of other frozen weights of the denoiser.
         saved: bytes after forward.
         peak: maximum of bytes.
     """
@@ -91,21 +88,22 @@ def measure_step(  # noqa: PLR0913 (the bytes depend on all of them)
     Raises:
         ConfigError: the LoRA settings match no layer.
     """
-    model = _trained_model(trained)
+    model, denoiser, encoders = _trained_model(trained)
     _set_dtype(model, base_dtype)
-    _set_checkpointing(model, checkpointing, dtype)
+    _set_checkpointing(denoiser, encoders, checkpointing, dtype)
     parameters = trainable_parameters(model)
     gradients = [torch.empty_like(parameter) for parameter in parameters.values()]
     for parameter, gradient in zip(parameters.values(), gradients, strict=True):
         parameter.grad = gradient  # so that gradients are not counted as activations
-    inputs = _inputs(trained, images, resolution // vae_factor(trained.model), dtype)
+    family = family_of(trained.model)
+    inputs = family.step_inputs(trained.model, images, resolution, dtype, trained.trains_text)
     excluded = [*model.parameters(), *model.buffers(), *inputs, *gradients]
     batch = sum(tensor.nbytes for tensor in inputs)
     with AsOnGpu(dtype), LiveBytes(excluded) as bytes_held:
         micro_batch = _MicroBatch(model, inputs, bytes_held)
         _run_passes(meta_passes, model, [micro_batch] * micro_batches)
-    frozen = {id(layer.weight): layer.weight for layer in model.unet.modules() if _is_frozen_linear(layer)}
-    others = [weight for weight in model.unet.parameters() if not weight.requires_grad and id(weight) not in frozen]
+    frozen = {id(layer.weight): layer.weight for layer in denoiser.modules() if _is_frozen_linear(layer)}
+    others = [weight for weight in denoiser.parameters() if not weight.requires_grad and id(weight) not in frozen]
     return StepBytes(
         trained=tuple(parameter.shape for parameter in parameters.values()),
         adapted=tuple(layer.get_base_layer().weight.shape for layer in lora_layers(model).values()),
@@ -119,13 +117,13 @@ def measure_step(  # noqa: PLR0913 (the bytes depend on all of them)
 @lru_cache(maxsize=64)
 def measure_vae(model: ModelConfig, dtype: torch.dtype, images: int, resolution: int) -> VaeBytes:
     """Encoding `images` images of `resolution` pixels and decoding one, with the VAE in `dtype` and no graph."""
-    vae = decode_one_by_one(on_meta(model, "vae").to(dtype))
-    side = resolution // vae_factor(model)
+    family = family_of(model)
+    vae = family.on_meta(model, "vae").to(dtype)
     with torch.device("meta"):
-        pixels = torch.empty(images, vae.config.in_channels, resolution, resolution)
-        latents = torch.empty(1, vae.config.latent_channels, side, side, dtype=dtype)
+        pixels = torch.empty(images, 3, resolution, resolution)
+        latents = torch.empty(1, *family.latent_shape(model, resolution), dtype=dtype)
     excluded, peaks = [*vae.parameters(), pixels, latents], []
-    for run in (lambda: posterior(vae, pixels), lambda: decode_latents(vae, latents)):
+    for run in (lambda: family.posterior(vae, pixels), lambda: family.decode(vae, latents)):
         with torch.no_grad(), AsOnGpu(torch.float32), LiveBytes(excluded) as bytes_held:
             run()
         peaks.append(bytes_held.peak)
@@ -134,34 +132,34 @@ def measure_vae(model: ModelConfig, dtype: torch.dtype, images: int, resolution:
 
 @lru_cache(maxsize=64)
 def measure_sampling(model: ModelConfig, dtype: torch.dtype, images: int, resolution: int) -> int:
-    """Return the peak bytes of a denoising step of `images` images with guidance, without the weights of the UNet."""
-    unet = _Conditioned(on_meta(model, "unet").to(dtype))
-    inputs = _inputs(TrainedModel(model, AdapterConfig()), 2 * images, resolution // vae_factor(model), dtype)
-    with torch.no_grad(), AsOnGpu(torch.float32), LiveBytes([*unet.parameters(), *inputs]) as bytes_held:
-        unet(*inputs)
+    """Return the peak bytes of a denoising step of `images` images with guidance, without the weights."""
+    family = family_of(model)
+    step = family.step_model(family.on_meta(model, family.denoiser).to(dtype), {}, None)
+    inputs = family.step_inputs(model, 2 * images, resolution, dtype, False)
+    with torch.no_grad(), AsOnGpu(torch.float32), LiveBytes([*step.parameters(), *inputs]) as bytes_held:
+        step(*inputs)
     return bytes_held.peak + sum(tensor.nbytes for tensor in inputs)
 
 
 @lru_cache(maxsize=64)
 def weight_count(model: ModelConfig, part: str) -> int:
     """Return the number of weights of a part of the base."""
-    return sum(parameter.numel() for parameter in on_meta(model, part).parameters())
+    return sum(parameter.numel() for parameter in family_of(model).on_meta(model, part).parameters())
 
 
 @lru_cache(maxsize=1)  # building a model takes as long as a step, and the estimates measure it with many settings
-def _trained_model(trained: TrainedModel) -> Any:
-    model, adapter = trained.model, trained.adapter
-    unet = on_meta(model, "unet")
-    encoders = {part: on_meta(model, part) for part in TEXT_PARTS} if trained.trains_text else {}
-    add_lora(unet, adapter, 0, encoders if adapter.train_text_encoder else None, model.clip_skip)
-    if not trained.trains_text:
-        return _Conditioned(unet).train()
-    if not adapter.train_text_encoder:
+def _trained_model(trained: TrainedModel) -> tuple[nn.Module, Any, Sequence[Any]]:
+    """The module of a step, its denoiser and its text encoders."""
+    model, adapter, family = trained.model, trained.adapter, family_of(trained.model)
+    denoiser = family.on_meta(model, family.denoiser)
+    encoders = {part: family.on_meta(model, part) for part in family.text_parts} if trained.trains_text else {}
+    add_lora(denoiser, adapter, 0, encoders if adapter.train_text_encoder else None, model.clip_skip)
+    if trained.trains_text and not adapter.train_text_encoder:
         for encoder in encoders.values():
             table = encoder.get_input_embeddings()
             rows = torch.empty(trained.new_tokens, table.embedding_dim, device="meta")
             encoder.set_input_embeddings(ExtendedEmbedding(table, rows))
-    return Denoiser(unet, list(encoders.values()), model.clip_skip).train()
+    return family.step_model(denoiser, encoders, model.clip_skip).train(), denoiser, list(encoders.values())
 
 
 class _MicroBatch:
@@ -188,46 +186,20 @@ def _run_passes(meta_passes: str | None, model: nn.Module, micro_batches: Sequen
         batch.backward()
 
 
-class _Conditioned(nn.Module):
-    """The UNet with the conditioning of SDXL as positional arguments."""
-
-    def __init__(self, unet: nn.Module) -> None:
-        super().__init__()
-        self.unet = unet
-
-    def forward(self, sample: Tensor, timesteps: Tensor, prompts: Tensor, pooled: Tensor, time_ids: Tensor) -> Tensor:
-        added = {"text_embeds": pooled, "time_ids": time_ids}
-        output: Tensor = self.unet(sample, timesteps, prompts, added_cond_kwargs=added, return_dict=False)[0]
-        return output
-
-
-def _inputs(trained: TrainedModel, images: int, side: int, dtype: torch.dtype) -> tuple[Tensor, ...]:
-    settings = part_settings(trained.model, "unet")
-    with torch.device("meta"):
-        sample = torch.empty(images, 4, side, side, dtype=dtype)
-        timesteps, time_ids = torch.empty(images, dtype=torch.long), torch.empty(images, 6)
-        if trained.trains_text:
-            ids = torch.empty(images, len(TEXT_PARTS), TOKENS, dtype=torch.long)
-            return sample, timesteps, ids, torch.empty(images), time_ids
-        prompts = torch.empty(images, TOKENS, settings["cross_attention_dim"], dtype=dtype)
-        width = settings["projection_class_embeddings_input_dim"] - 6 * settings["addition_time_embed_dim"]
-        return sample, timesteps, prompts, torch.empty(images, width, dtype=dtype), time_ids
-
-
 def _set_dtype(model: nn.Module, dtype: torch.dtype) -> None:
     for parameter in model.parameters():
         if not parameter.requires_grad:
             parameter.data = parameter.data.to(dtype)
 
 
-def _set_checkpointing(model: Any, is_on: bool, dtype: torch.dtype) -> None:
+def _set_checkpointing(denoiser: Any, encoders: Sequence[Any], is_on: bool, dtype: torch.dtype) -> None:
     """Turn gradient checkpointing on or off, with recomputation under `AsOnGpu`."""
     recomputing: dict[str, Any] = {"use_reentrant": False, "context_fn": lambda: (nullcontext(), AsOnGpu(dtype))}
     if is_on:
-        model.unet.enable_gradient_checkpointing(partial(checkpoint, **recomputing))
+        denoiser.enable_gradient_checkpointing(partial(checkpoint, **recomputing))
     else:
-        model.unet.disable_gradient_checkpointing()
-    for encoder in getattr(model, "text_encoders", ()):
+        denoiser.disable_gradient_checkpointing()
+    for encoder in encoders:
         if is_on:
             encoder.gradient_checkpointing_enable(recomputing)
         elif encoder.is_gradient_checkpointing:

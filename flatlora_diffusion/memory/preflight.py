@@ -10,7 +10,7 @@ import torch
 
 from flatlora_diffusion.config import TrainConfig
 from flatlora_diffusion.data.dataset import Sample
-from flatlora_diffusion.sdxl.device import this_process
+from flatlora_diffusion.families.device import this_process
 
 logger = logging.getLogger(__name__)
 

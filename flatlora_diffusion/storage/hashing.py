@@ -35,11 +35,11 @@ def tensors_sha256(tensors: Iterable[Tensor]) -> str:
     return digest.hexdigest()
 
 
-def base_fingerprint(unet: nn.Module) -> str:
+def base_fingerprint(model: nn.Module) -> str:
     """Return a hash of the first values of each frozen weight, which is fast and identifies a checkpoint."""
     frozen = {
         name: weight.data
-        for name, weight in unet.named_parameters()
+        for name, weight in model.named_parameters()
         if ".lora_" not in name and not weight.requires_grad
     }
     names = sorted(frozen, key=lambda name: name.replace(".base_layer", ""))  # a LoRA renames the layers it wraps

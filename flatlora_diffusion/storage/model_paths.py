@@ -10,13 +10,13 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from flatlora_diffusion.config import TINY, ConfigError, ModelConfig
+from flatlora_diffusion.config import DENOISERS, TEXT_PARTS, TINY, ConfigError, ModelConfig
 from flatlora_diffusion.storage.run_dir import LORA_FILE
 
 SAFETENSORS = ".safetensors"
 PICKLES = (".ckpt", ".pt", ".pth", ".bin", ".pkl")
 _HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
-_PARTS = ("unet", "vae", "text_encoder", "text_encoder_2")
+_PARTS = (*DENOISERS, "vae", *TEXT_PARTS)
 
 
 def is_single_file(value: str) -> bool:

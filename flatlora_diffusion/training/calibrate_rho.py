@@ -44,7 +44,7 @@ def _rho(state: TrainState) -> float:
     Steps whose gradient is not finite at any loss scale are skipped.
     """
     share = state.config.perturb.target_loss_increase
-    reader = WeightGradientHook(adapted_models(state.sdxl.pipeline, state.config.adapter).values())
+    reader = WeightGradientHook(adapted_models(state.base.pipeline, state.config.adapter).values())
     try:
         measurements = [
             compute_finite(state.accelerator, partial(_loss_and_gradient_norm, state, reader, step), _is_finite)

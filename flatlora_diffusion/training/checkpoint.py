@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from flatlora_diffusion.adapter.setup import anchors_by_part
-from flatlora_diffusion.config import TEXT_PARTS, ConfigError, TrainConfig, settings_with
+from flatlora_diffusion.config import ConfigError, TrainConfig, settings_with
 from flatlora_diffusion.data.dataset import manifest
 from flatlora_diffusion.method.row_norms import NormState
 from flatlora_diffusion.storage.hashing import base_fingerprint, tensors_sha256
@@ -124,7 +124,7 @@ def save_state(state: TrainState, folder: Path, step: int) -> None:
     # No RNG state: all draws are functions of the step.
     tensors, header = optimizer_tensors(state.optimizer.optimizer)
     tensors |= {f"trained.{name}": parameter for name, parameter in state.trainable.items()}
-    tensors |= {f"start.{name}": weight for name, weight in anchors_by_part(state.sdxl.pipeline).items()}
+    tensors |= {f"start.{name}": weight for name, weight in anchors_by_part(state.base.pipeline).items()}
     extra: dict[str, Any] = {}
     if state.accelerator.scaler is not None:
         extra["scaler"] = state.accelerator.scaler.state_dict()
@@ -203,7 +203,7 @@ def _load_trained(state: TrainState, folder: Path, tensors: Mapping[str, Tensor]
     with torch.no_grad():
         for name, parameter in state.trainable.items():
             parameter.copy_(saved[name])
-        for name, weight in anchors_by_part(state.sdxl.pipeline).items():
+        for name, weight in anchors_by_part(state.base.pipeline).items():
             weight.copy_(tensors[f"start.{name}"])  # the SVD of another machine may give others
     if state.ema is not None:
         state.ema.shadow_params = [tensors[f"ema.{i}"].to(p.device) for i, p in enumerate(state.ema.shadow_params)]
@@ -221,8 +221,7 @@ def _manifest(state: TrainState) -> list[dict[str, Any]]:
 
 def _base_fingerprints(state: TrainState) -> dict[str, str]:
     """The fingerprint of each model of the base."""
-    pipeline = state.sdxl.pipeline
-    parts = {"base": state.sdxl.unet, **{part: getattr(pipeline, part) for part in (*TEXT_PARTS, "vae")}}
+    parts = {"base": state.base.denoiser, **state.base.text_encoders, "vae": state.base.vae}
     return {name: base_fingerprint(part) for name, part in parts.items()}
 
 
@@ -239,7 +238,11 @@ def _check_resumable(state: TrainState, name: str) -> None:
     if changed:
         raise ConfigError(f"{name} was made with {'; '.join(changed)}; resume with its settings")
     fingerprints = _base_fingerprints(state) if has_fingerprints else {}
-    others = ["unet" if part == "base" else part for part, value in fingerprints.items() if value != start[part]]
+    others = [
+        state.base.family.denoiser if part == "base" else part
+        for part, value in fingerprints.items()
+        if value != start[part]
+    ]
     if others:
         raise ConfigError(
             f"{name} was made on another base than pretrained_model_name_or_path="

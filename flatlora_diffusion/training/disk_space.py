@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 from flatlora_diffusion.config import ConfigError, TrainConfig
+from flatlora_diffusion.families.device import this_process
 from flatlora_diffusion.memory.disk import DiskNeed, class_images_need, disk_need
 from flatlora_diffusion.memory.estimate import in_gib
-from flatlora_diffusion.sdxl.device import this_process
 
 logger = logging.getLogger(__name__)
 

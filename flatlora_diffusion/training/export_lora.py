@@ -16,11 +16,11 @@ from flatlora_diffusion.adapter.delta import lora_updates, magnitudes, plain_upd
 from flatlora_diffusion.adapter.setup import save_other_parts
 from flatlora_diffusion.config import RunError
 from flatlora_diffusion.data.dataset import shared_words
+from flatlora_diffusion.families.device import DTYPES
 from flatlora_diffusion.lora_files.export_pair import FilePair, verify_pair, write_pair
 from flatlora_diffusion.lora_files.kohya import with_required_layers
 from flatlora_diffusion.lora_files.metadata import TrainingSummary, conversion_note, kohya_metadata, sidecar
 from flatlora_diffusion.lora_files.writing import check_finite
-from flatlora_diffusion.sdxl.device import DTYPES
 from flatlora_diffusion.storage.run_dir import EMBEDDINGS_FILE, KOHYA_COPY, MERGED
 from flatlora_diffusion.training.state import TrainState
 
@@ -44,7 +44,7 @@ def save_lora(state: TrainState, folder: Path, step: int, is_end: bool = False) 
             finite, or the result is zero although the learning rate is not. A checkpoint may be zero: the first steps
             of a warm-up can be.
     """
-    run, pipeline = state.config.run, state.sdxl.pipeline
+    run, pipeline = state.config.run, state.base.pipeline
     trained, dora_magnitudes = lora_updates(pipeline), magnitudes(pipeline)
     plain, missed = plain_updates(pipeline, trained)
     norms = update_norms(plain)
@@ -67,10 +67,10 @@ def save_lora(state: TrainState, folder: Path, step: int, is_end: bool = False) 
             copy=folder / KOHYA_COPY if run.output_kohya_format else None,
             sidecar=side,
             metadata=metadata,
-            plain=with_required_layers(plain, pipeline.unet),
+            plain=with_required_layers(plain, state.base.denoiser),
             trained=trained,
             magnitudes=dora_magnitudes,
-            layers_per_block=pipeline.unet.config.layers_per_block,
+            layers_per_block=state.base.denoiser.config.layers_per_block,
             dtype=DTYPES[run.save_dtype],
         )
         write_pair(pair, pipeline)
@@ -94,18 +94,18 @@ def training_facts(state: TrainState, step: int) -> TrainingSummary:
 
     The trigger is the new tokens, the instance prompt, or the words that all captions share.
     """
-    noise, batches = state.sdxl.scheduler.config, state.batches
+    base, batches = state.base, state.batches
     tokens = ", ".join("".join(names) for names in state.tokens.values())
     prompt = state.config.data.instance_prompt
     return TrainingSummary(
-        base=state.base,
-        family=state.sdxl.family,
+        base=state.base_name,
+        labels=base.labels,
         trigger=tokens or prompt or shared_words([sample.caption for sample in batches.samples]),
         step=step,
         epoch=batches.epoch_after(step - 1),
         images=len(batches.samples),
         class_images=len(batches.class_samples),
-        predicts_v=noise.prediction_type == "v_prediction",
-        zero_terminal_snr=bool(noise.get("rescale_betas_zero_snr")),
+        predicts_v=base.predicts_v,
+        zero_terminal_snr=base.has_zero_terminal_snr,
         average=state.progress.average,
     )

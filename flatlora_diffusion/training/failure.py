@@ -13,7 +13,7 @@ from torch import Tensor
 
 from flatlora_diffusion.config import ConfigError, RunError, StoppedError, TrainConfig
 from flatlora_diffusion.data.latents import nonfinite_message, nonfinite_names
-from flatlora_diffusion.sdxl.device import has_bf16
+from flatlora_diffusion.families.device import has_bf16
 from flatlora_diffusion.signals import describe_interruption
 from flatlora_diffusion.training.checkpoint import save_checkpoint, save_state
 from flatlora_diffusion.training.state import TrainState

@@ -10,7 +10,6 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from flatlora_diffusion.sdxl.drawing import workflow_files
 from flatlora_diffusion.storage.atomic_io import atomic_write, write_text
 from flatlora_diffusion.storage.run_dir import LORA_FILE, RunDir
 from flatlora_diffusion.training.export_lora import save_lora, training_facts
@@ -87,7 +86,7 @@ def _write_card(state: TrainState) -> None:
             shutil.copyfile(pictures[0][0], temporary)
         # Workflow files that reproduce the first preview in ComfyUI and A1111.
         drawing = drawing_of(state, requested[0], state.end)
-        for ending, text in ({} if drawing is None else workflow_files(drawing)).items():
+        for ending, text in ({} if drawing is None else drawing.files()).items():
             write_text(run.folder / f"{name}{ending}", text)
 
 

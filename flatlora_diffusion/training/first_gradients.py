@@ -26,7 +26,7 @@ def start_from_gradients(state: TrainState) -> None:
 
 def _initialize_lora_ga(state: TrainState, steps: int) -> None:
     """Initialize LoRA-GA from the mean gradient of the first `steps`."""
-    config, adapted = state.config, adapted_models(state.sdxl.pipeline, state.config.adapter)
+    config, adapted = state.config, adapted_models(state.base.pipeline, state.config.adapter)
     state.gradient.detach()
 
     def weight_gradients() -> list[Tensor]:

@@ -8,8 +8,8 @@ from pathlib import Path
 
 from flatlora_diffusion.config import SAMPLES, SDXL, TrainConfig
 from flatlora_diffusion.data.dataset import load_samples
-from flatlora_diffusion.sdxl.device import has_bf16, this_process
-from flatlora_diffusion.sdxl.random_base import random_sdxl
+from flatlora_diffusion.families.device import has_bf16, this_process
+from flatlora_diffusion.families.registry import random_base
 from flatlora_diffusion.training.failure import friendly_errors
 from flatlora_diffusion.training.first_gradients import start_from_gradients
 from flatlora_diffusion.training.selfcheck import STEPS, Check, SelfCheck
@@ -35,7 +35,7 @@ def run_gpu_check(config: TrainConfig) -> list[Check]:
         )
         set_backends(config)
         with friendly_errors(config):
-            state = prepare(config, load_samples(Path(images)).samples, load=random_sdxl)
+            state = prepare(config, load_samples(Path(images)).samples, load=random_base)
             try:
                 start_from_gradients(state)
                 check = SelfCheck(state)

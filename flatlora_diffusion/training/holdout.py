@@ -8,8 +8,7 @@ from collections.abc import Sequence
 from flatlora_diffusion.adapter.new_tokens import replace_in_captions
 from flatlora_diffusion.data.dataset import Sample
 from flatlora_diffusion.evaluation.probe import fixed_probe, probe_loss, with_prompts
-from flatlora_diffusion.sdxl.objective import unweighted
-from flatlora_diffusion.sdxl.sampling import eval_on_unet_device
+from flatlora_diffusion.families.sampling import eval_on_denoiser_device
 from flatlora_diffusion.training.checkpoint import best_step
 from flatlora_diffusion.training.state import TrainState, ema_weights
 
@@ -23,18 +22,18 @@ class HeldoutLoss:
         self._state = state
         samples = replace_in_captions(samples, state.tokens)
         self._captions = [sample.caption for sample in samples]
-        with eval_on_unet_device(state.sdxl):
+        with eval_on_denoiser_device(state.base):
             self._probe = fixed_probe(
-                state.sdxl, samples, state.batches.resolution, seed=0, background=state.config.data.background_color
+                state.base, samples, state.batches.resolution, seed=0, background=state.config.data.background_color
             )
 
     def now(self) -> float:
         """The loss of the present weights."""
         state = self._state
         if state.config.trains_text:  # the prompts' embeddings change with the encoders
-            with eval_on_unet_device(state.sdxl):
-                self._probe = with_prompts(self._probe, state.sdxl, self._captions)
-        return probe_loss(state.sdxl.unet, unweighted(state.objective), self._probe)
+            with eval_on_denoiser_device(state.base):
+                self._probe = with_prompts(self._probe, state.base, self._captions)
+        return probe_loss(state.base.denoiser, state.objective.unweighted(), self._probe)
 
 
 class Holdout:

@@ -13,7 +13,7 @@ from pathlib import Path
 from flatlora_diffusion.config import TrainConfig
 from flatlora_diffusion.data.dataset import SampleSet
 from flatlora_diffusion.data.sources import Fold, load_training_set, split_fold
-from flatlora_diffusion.sdxl.device import this_process
+from flatlora_diffusion.families.device import this_process
 from flatlora_diffusion.storage.run_dir import RunDir
 from flatlora_diffusion.training.checkpoint import best_step
 from flatlora_diffusion.training.resolve_config import check_before_loading, resolve_before_loading

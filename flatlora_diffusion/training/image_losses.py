@@ -13,15 +13,13 @@ from flatlora_diffusion.config import METHODS
 from flatlora_diffusion.data.dataset import Sample
 from flatlora_diffusion.evaluation.image_changes import highlights, image_changes
 from flatlora_diffusion.evaluation.probe import Probe, draw_losses, fixed_probe, with_prompts
-from flatlora_diffusion.sdxl.objective import unweighted
-from flatlora_diffusion.sdxl.sampling import eval_on_unet_device
+from flatlora_diffusion.families.sampling import eval_on_denoiser_device
 from flatlora_diffusion.storage.rng import generator
 from flatlora_diffusion.training.state import TrainState, ema_weights
 
 logger = logging.getLogger(__name__)
 
 MAX_IMAGES = 100  # more rows than anybody reads, and a measurement would take longer than many steps
-_EMBEDDINGS = ("prompt_embeds", "pooled_prompt_embeds")
 _PURPOSE = "image_losses"
 _SEED = 0  # of every run, so that runs can be compared
 _SAMPLES = 16  # in a batch of the VAE and, if they fit, of the UNet
@@ -39,8 +37,8 @@ class ImageLosses:
         self._draws = state.config.run.image_loss_draws
         self._samples = _chosen(state.batches.samples)
         logger.info("%s", _cost_text(state, len(self._samples)))
-        self._timesteps = stratified_timesteps(self._draws, state.sdxl.scheduler.config.num_train_timesteps)
-        with eval_on_unet_device(state.sdxl):
+        self._timesteps = state.base.timesteps_at(stratified_shares(self._draws))
+        with eval_on_denoiser_device(state.base):
             self._probes = list(self._encoded())
         is_checkpoint = first_step % state.config.run.checkpointing_steps == 0
         if is_checkpoint and all(event["step"] != first_step for event in state.run.image_losses()):
@@ -64,7 +62,7 @@ class ImageLosses:
         background, count = state.config.data.background_color, max(1, _SAMPLES // self._draws)
         for start in range(0, len(self._samples), count):
             part = self._samples[start : start + count]
-            probe = fixed_probe(state.sdxl, part, state.batches.resolution, _SEED, draws=1, background=background)
+            probe = fixed_probe(state.base, part, state.batches.resolution, _SEED, draws=1, background=background)
             yield part, replace(probe, batch=probe.batch.map(Tensor.cpu))
 
     def _by_image(self, has_caption: bool = True) -> dict[str, list[float]]:
@@ -77,23 +75,23 @@ class ImageLosses:
 
     def _measured(self, part: Sequence[Sample], probe: Probe, has_caption: bool) -> Tensor:
         """The loss of each image and draw, (N, draws)."""
-        state, device = self._state, self._state.sdxl.unet.device
-        if not has_caption and state.sdxl.zeros_empty_prompt:
+        state, device = self._state, self._state.base.denoiser.device
+        if not has_caption and state.base.zeros_empty_prompt:
             probe = _with_zero_prompts(probe)
         elif state.config.trains_text or not has_caption:  # trained encoders change the prompts' embeddings
-            with eval_on_unet_device(state.sdxl):
-                probe = with_prompts(probe, state.sdxl, [sample.caption if has_caption else "" for sample in part])
+            with eval_on_denoiser_device(state.base):
+                probe = with_prompts(probe, state.base, [sample.caption if has_caption else "" for sample in part])
         batch = probe.batch.map(lambda value: value.to(device).repeat_interleave(self._draws, dim=0))
         noise = torch.cat([image_noise(sample, self._draws, probe.batch.latents.shape[1:]) for sample in part])
         timesteps = self._timesteps.repeat(len(part))
         drawn = Probe(batch, noise.to(device), timesteps.to(device), self._draws)
-        return draw_losses(state.sdxl.unet, unweighted(state.objective), drawn)
+        return draw_losses(state.base.denoiser, state.objective.unweighted(), drawn)
 
 
 def _with_zero_prompts(probe: Probe) -> Probe:
     """Replace the prompt embeddings by zeros, which are such a base's empty prompt."""
-    embeddings = {name: torch.zeros_like(getattr(probe.batch, name)) for name in _EMBEDDINGS}
-    return replace(probe, batch=replace(probe.batch, **embeddings))
+    zeros = {name: torch.zeros_like(value) for name, value in probe.batch.prompts.items()}
+    return replace(probe, batch=replace(probe.batch, prompts=zeros))
 
 
 def _chosen(samples: Sequence[Sample]) -> list[Sample]:
@@ -113,10 +111,10 @@ def _cost_text(state: TrainState, count: int) -> str:
     return f"image_loss_draws={config.run.image_loss_draws} measures {images}, for up to {share:.0%} more computation"
 
 
-def stratified_timesteps(draws: int, train_timesteps: int) -> Tensor:
-    """One timestep in each of `draws` equal parts of all timesteps, (draws,), equal for all images and runs."""
+def stratified_shares(draws: int) -> Tensor:
+    """One share in each of `draws` equal parts of [0, 1), (draws,), equal for all images and runs."""
     shares = torch.rand(draws, generator=generator("cpu", _SEED, _PURPOSE, "timesteps"))
-    return ((torch.arange(draws) + shares) / draws * train_timesteps).long()
+    return (torch.arange(draws) + shares) / draws
 
 
 def image_noise(sample: Sample, draws: int, shape: Sequence[int]) -> Tensor:

@@ -21,9 +21,9 @@ from flatlora_diffusion.config import TrainConfig
 from flatlora_diffusion.data.class_images import load_class_samples
 from flatlora_diffusion.data.dataset import Sample, SampleSet
 from flatlora_diffusion.data.sources import hold_out, load_training_set
+from flatlora_diffusion.families.device import this_process
 from flatlora_diffusion.lora_files.safe_reading import read_header
 from flatlora_diffusion.lora_tools.averaging import Average, average_updates
-from flatlora_diffusion.sdxl.device import this_process
 from flatlora_diffusion.storage.rng import derive_seed
 from flatlora_diffusion.storage.run_dir import LORA_FILE, RunDir
 from flatlora_diffusion.training.failure import friendly_errors
@@ -139,7 +139,7 @@ def _save_average(
                 previews.make("base", 0)
             images = ImageLosses(state, 0) if previews is not None and config.run.image_loss_draws else None
             average = average_updates([_read_updates(file) for file in files], [1 / len(files)] * len(files), rank)
-            load_initial(state.sdxl.pipeline, _pad_to_rank(average.updates, rank), {})
+            load_initial(state.base.pipeline, _pad_to_rank(average.updates, rank), {})
             strength, losses = _best_strength(state, heldout) if heldout else (1.0, {})
             _scale(state, strength)
             _log_average(state, run, configs, average, rank, strength, losses)
@@ -247,7 +247,7 @@ def _best_strength(state: TrainState, samples: Sequence[Sample]) -> tuple[float,
 @torch.no_grad()
 def _scale(state: TrainState, strength: float) -> None:
     """Multiply the LoRA's update by `strength`."""
-    for model in adapted_models(state.sdxl.pipeline, state.config.adapter).values():
+    for model in adapted_models(state.base.pipeline, state.config.adapter).values():
         for layer in lora_layers(model).values():
             layer.lora_B[ADAPTER].weight.mul_(strength)
 

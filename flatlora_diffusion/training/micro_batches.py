@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from flatlora_diffusion.adapter.layers import base_alone
-from flatlora_diffusion.sdxl.objective import Batch, diffusion_loss, predict, sample_noise, with_input_perturbation
+from flatlora_diffusion.families.batch import Batch
+from flatlora_diffusion.families.objective import diffusion_loss, predict
 from flatlora_diffusion.storage.hashing import DrawHash
 from flatlora_diffusion.storage.rng import generator
 from flatlora_diffusion.training.state import TrainState, seeded_dropout
@@ -49,9 +50,9 @@ def micro_batches(state: TrainState, step: int, draws: DrawHash) -> Iterator[Sam
         slot = micro * accelerator.num_processes + accelerator.process_index
         batch = state.batches.batch(step, slot)
         rng = generator(batch.latents.device, state.batches.seed, "diffusion", step, slot)
-        noise, timesteps = sample_noise(state.objective, batch.latents, rng)
-        batch = with_input_perturbation(state.objective, batch, rng)
-        draws.add(batch.latents, batch.add_time_ids, noise, timesteps)
+        noise, timesteps = state.objective.draw(batch.latents, rng)
+        batch = state.objective.with_input_perturbation(batch, rng)
+        draws.add(batch.latents, *batch.geometry.values(), noise, timesteps)
         yield SampledMicroBatch(
             state, step, slot, partial(_loss, state, batch, noise, timesteps), is_last=micro + 1 == accumulation
         )

@@ -14,8 +14,9 @@ from huggingface_hub.constants import REPOCARD_NAME
 
 from flatlora_diffusion.adapter.new_tokens import FILE_KEYS, new_tokens, replace_placeholders
 from flatlora_diffusion.config import METHODS, TINY, TrainConfig
+from flatlora_diffusion.families.labels import Labels
+from flatlora_diffusion.families.registry import family_of
 from flatlora_diffusion.lora_files.metadata import TrainingSummary, conversion_note, is_hub_id, portable_base_name
-from flatlora_diffusion.sdxl.family import TINY_FAMILY, Family
 from flatlora_diffusion.storage.atomic_io import write_text
 from flatlora_diffusion.storage.run_dir import EMBEDDINGS_FILE, LORA_FILE, RunDir
 from flatlora_diffusion.storage.versions import versions
@@ -34,15 +35,15 @@ def write_model_card(
         pictures: files in the run folder, each with its prompt.
         training: facts about the run.
     """
-    family, trigger_words = training.family, training.trigger
+    labels, trigger_words = training.labels, training.trigger
     parts = [
-        f"---\n{_card_data(run, config, pictures, family).to_yaml()}\n---",
+        f"---\n{_card_data(run, config, pictures, labels).to_yaml()}\n---",
         f"# {_title(run, config)}",
-        _summary(config, family),
+        _summary(config, labels),
         *_picture_tables(run, pictures),
         _trigger_section(trigger_words),
         f"## Use it in diffusers\n\n```python\n{usage_code(config, pictures, trigger_words)}\n```",
-        f"## Use it elsewhere\n\n{_elsewhere(run, config, family)}",
+        f"## Use it elsewhere\n\n{_elsewhere(run, config, labels)}",
         f"## How it was trained\n\n{_training_data(config, training)}\n\n{_settings_table(config, training)}",
         f"Versions: {', '.join(f'{name} {version}' for name, version in versions().items())}.",
     ]
@@ -56,31 +57,32 @@ def usage_code(config: TrainConfig, pictures: Sequence[tuple[Path, str]], trigge
     prompts = [prompt for _, prompt in pictures] + [config.data.instance_prompt, trigger_words, "an icon"]
     prompt = _in_new_tokens(config, next(prompt for prompt in prompts if prompt))
     hub_id = config.run.hub_model_id if config.run.push_to_hub and "/" in (config.run.hub_model_id or "") else None
-    is_pivotal = config.tokens.train_text_encoder_ti
+    is_pivotal, family = config.tokens.train_text_encoder_ti, family_of(config.model)
     clip_skip = "" if config.model.clip_skip is None else f", clip_skip={config.model.clip_skip}"
+    options = f"num_inference_steps={family.steps}{clip_skip}"
     lines = [
         "import torch",
-        "from diffusers import StableDiffusionXLPipeline",
+        f"from diffusers import {family.pipeline}",
         *(["from huggingface_hub import hf_hub_download"] if is_pivotal and hub_id else []),
         *(["from safetensors.torch import load_file"] if is_pivotal else []),
         "",
         'device, dtype = ("cuda", torch.float16) if torch.cuda.is_available() else ("cpu", torch.float32)',
-        f"pipeline = StableDiffusionXLPipeline.{_loading(config)}.to(device, dtype)",
+        f"pipeline = {family.pipeline}.{_loading(config)}.to(device, dtype)",
         *_scheduler_lines(config),
         f'pipeline.load_lora_weights("{hub_id or "."}", weight_name="{LORA_FILE}")' + ("" if hub_id else "  # here"),
         *(_embedding_lines(config, hub_id) if is_pivotal else []),
-        f"image = pipeline({json.dumps(prompt, ensure_ascii=False)}, num_inference_steps=25{clip_skip}).images[0]",
+        f"image = pipeline({json.dumps(prompt, ensure_ascii=False)}, {options}).images[0]",
         'image.save("image.png")',
     ]
     return "\n".join(lines)
 
 
 def _card_data(
-    run: RunDir, config: TrainConfig, pictures: Sequence[tuple[Path, str]], family: Family
+    run: RunDir, config: TrainConfig, pictures: Sequence[tuple[Path, str]], labels: Labels
 ) -> ModelCardData:
     prompt = config.data.instance_prompt
     method = ["flat-lora"] if config.perturb.method == "flat-lora" else []
-    base = [] if family == TINY_FAMILY else ["stable-diffusion-xl"]
+    base = [] if labels.is_demo else ["stable-diffusion-xl"]
     return ModelCardData(
         license=_license(config),
         library_name="diffusers",
@@ -119,8 +121,8 @@ def _title(run: RunDir, config: TrainConfig) -> str:
     return config.run.output_name or on_hub or run.folder.resolve().name
 
 
-def _summary(config: TrainConfig, family: Family) -> str:
-    base = family.name if family == TINY_FAMILY else _base(config)
+def _summary(config: TrainConfig, labels: Labels) -> str:
+    base = labels.name if labels.is_demo else _base(config)
     if config.perturb.method != "flat-lora":
         name = METHODS[config.perturb.method].title
         how = "" if config.perturb.method == "lora" else f" by {name}"
@@ -194,9 +196,9 @@ def _in_new_tokens(config: TrainConfig, text: str) -> str:
     return replace_placeholders(text, new_tokens(config.tokens)) if config.tokens.train_text_encoder_ti else text
 
 
-def _elsewhere(run: RunDir, config: TrainConfig, family: Family) -> str:
-    if family == TINY_FAMILY:
-        return f"It is for {family.name}, which other programs do not have."
+def _elsewhere(run: RunDir, config: TrainConfig, labels: Labels) -> str:
+    if labels.is_demo:
+        return f"It is for {labels.name}, which other programs do not have."
     file = f"{run.lora_name(config.run.output_name)}.safetensors"
     text = f"Put `{file}` into the LoRA folder of ComfyUI, Forge, AUTOMATIC1111, InvokeAI or another program for SDXL."
     proofs = [event for event in run.events() if event["event"] == "proof"] if run.events_file.is_file() else []

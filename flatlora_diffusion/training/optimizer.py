@@ -12,7 +12,7 @@ import torch
 from diffusers.optimization import get_scheduler
 from torch import nn
 
-from flatlora_diffusion.config import ConfigError, OptimConfig, TokenConfig, TrainConfig
+from flatlora_diffusion.config import DENOISERS, ConfigError, OptimConfig, TokenConfig, TrainConfig
 from flatlora_diffusion.training.lora_pro import LoraPro
 
 logger = logging.getLogger(__name__)
@@ -61,7 +61,7 @@ def _parameter_groups(
     config: TokenConfig,
     lora_plus_ratio: float | None,
 ) -> list[Group]:
-    """The parameters in groups: UNet, text encoders, new tokens' embeddings; with `lora_plus_ratio` B apart from A.
+    """The parameters by denoiser, text encoders and new tokens' embeddings; with `lora_plus_ratio` B apart from A.
 
     Groups without parameters are left out.
     """
@@ -71,12 +71,13 @@ def _parameter_groups(
     # length, and treats DoRA's magnitudes of linear layers as B.
     ratio = 1.0 if lora_plus_ratio is None else lora_plus_ratio
     fast = {id(p) for name, p in trainable.items() if lora_plus_ratio is not None and ".lora_B." in name}
-    unet = [parameter for name, parameter in trainable.items() if name.startswith("unet.")]
-    text = [p for name, p in trainable.items() if not name.startswith("unet.") and id(p) not in row_ids]
+    parts = tuple(f"{part}." for part in DENOISERS)
+    denoiser = [parameter for name, parameter in trainable.items() if name.startswith(parts)]
+    text = [p for name, p in trainable.items() if not name.startswith(parts) and id(p) not in row_ids]
     share = config.train_text_encoder_frac
     groups = [
-        Group([p for p in unet if id(p) not in fast]),
-        Group([p for p in unet if id(p) in fast], lr_factor=ratio),
+        Group([p for p in denoiser if id(p) not in fast]),
+        Group([p for p in denoiser if id(p) in fast], lr_factor=ratio),
         Group([p for p in text if id(p) not in fast], is_text=True, share=share),
         Group([p for p in text if id(p) in fast], is_text=True, share=share, lr_factor=ratio),
         Group(rows, is_text=True, share=config.train_text_encoder_ti_frac),

@@ -10,8 +10,8 @@ from PIL import Image
 
 from flatlora_diffusion.adapter.new_tokens import replace_placeholders
 from flatlora_diffusion.data.sources import load_heldout
-from flatlora_diffusion.sdxl.drawing import Drawing, png_text, portable_base_name
-from flatlora_diffusion.sdxl.sampling import describe_drawing, eval_on_unet_device, generate_images
+from flatlora_diffusion.families.drawing import Drawing, ImageSettings, png_text, portable_base_name
+from flatlora_diffusion.families.sampling import eval_on_denoiser_device, generate_images
 from flatlora_diffusion.storage.atomic_io import atomic_write
 from flatlora_diffusion.training.holdout import HeldoutLoss
 from flatlora_diffusion.training.preview_prompts import Picture, read_pictures
@@ -73,12 +73,12 @@ class Previews:
     def _images(self, is_over: Callable[[], bool]) -> list[Image.Image]:
         state = self._state
         images: list[Image.Image] = []
-        with eval_on_unet_device(state.sdxl):
+        with eval_on_denoiser_device(state.base):
             for picture in self._pictures:
                 if is_over():
                     break
                 images += generate_images(
-                    state.sdxl,
+                    state.base,
                     [replace_placeholders(picture.prompt, state.tokens)],
                     [picture.seed],
                     resolution=state.batches.resolution,
@@ -97,14 +97,12 @@ def drawing_of(state: TrainState, picture: Picture, step: int) -> Drawing | None
     if state.tokens or not (is_base or step == state.end):
         return None
     name = state.run.lora_name(config.run.output_name)
-    return describe_drawing(
-        state.sdxl,
+    return state.base.describe_image(
         picture.prompt,
         picture.seed,
-        state.batches.resolution,
-        portable_base_name(state.base),
+        ImageSettings(state.batches.resolution, negative_prompt=picture.negative_prompt),
+        portable_base_name(state.base_name),
         () if is_base else ((name, 1.0),),
-        negative_prompt=picture.negative_prompt,
     )
 
 

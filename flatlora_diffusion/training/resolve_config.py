@@ -10,11 +10,11 @@ from pathlib import Path
 from accelerate.utils import broadcast_object_list, parse_choice_from_env
 
 from flatlora_diffusion.adapter.lora import planned_loras
-from flatlora_diffusion.config import ADAPTERS, TEXT_PARTS, ConfigError, TrainConfig, settings_with
+from flatlora_diffusion.config import ADAPTERS, ConfigError, TrainConfig, settings_with
 from flatlora_diffusion.data.image_folders import check_folders_apart
 from flatlora_diffusion.data.schedule import Shape, build_schedule
-from flatlora_diffusion.sdxl.device import DTYPES, check_precision, this_process
-from flatlora_diffusion.sdxl.shapes import on_meta
+from flatlora_diffusion.families.device import DTYPES, check_precision, this_process
+from flatlora_diffusion.families.registry import family_of
 from flatlora_diffusion.storage.atomic_io import check_writable
 from flatlora_diffusion.storage.run_dir import LORA_FILE, RunDir
 from flatlora_diffusion.training.hub import hub_repository
@@ -93,15 +93,17 @@ def with_seed(config: TrainConfig) -> TrainConfig:
 
 def check_before_loading(config: TrainConfig) -> None:
     """Check settings that are used only after the model is loaded. Raises ConfigError."""
+    family_of(config.model).check_settings(config)
     if config.run.push_to_hub:
         hub_repository(config)
     read_pictures(config.run)
     if config.data.embedding_cache_dir is not None:
         check_writable(Path(config.data.embedding_cache_dir), "embedding_cache_dir")
     if ADAPTERS[config.adapter.adapter].is_linear_only:  # so that layers can be unfit for it
-        model, parts = config.model, TEXT_PARTS if config.adapter.train_text_encoder else ()
-        encoders = {part: on_meta(model, part) for part in parts}
-        planned_loras(on_meta(model, "unet"), config.adapter, encoders, model.clip_skip)
+        model, family = config.model, family_of(config.model)
+        parts = family.text_parts if config.adapter.train_text_encoder else ()
+        encoders = {part: family.on_meta(model, part) for part in parts}
+        planned_loras(family.on_meta(model, family.denoiser), config.adapter, encoders, model.clip_skip)
 
 
 def with_precision(config: TrainConfig) -> TrainConfig:

@@ -18,10 +18,10 @@ from torch import Tensor, nn
 
 from flatlora_diffusion.adapter.layers import base_weight
 from flatlora_diffusion.config import DEFAULT_SIGMA, TrainConfig
+from flatlora_diffusion.families.base import eval_mode
+from flatlora_diffusion.families.objective import diffusion_loss
 from flatlora_diffusion.method.flat_lora import FlatLora
 from flatlora_diffusion.method.low_rank_draw import DRAW_RANK
-from flatlora_diffusion.sdxl.objective import diffusion_loss, sample_noise
-from flatlora_diffusion.sdxl.sampling import eval_mode
 from flatlora_diffusion.storage.rng import generator
 from flatlora_diffusion.storage.versions import PROGRAM, __version__
 from flatlora_diffusion.training.state import LossIncrease, TrainState, memory_in_use, seeded_dropout
@@ -151,8 +151,8 @@ class SelfCheck:
         yield Check("cost", is_right, message, {**figures, "estimate": float(estimate)})
 
     def _models(self) -> list[nn.Module]:
-        pipeline = self._state.sdxl.pipeline
-        return [pipeline.unet, pipeline.text_encoder, pipeline.text_encoder_2]
+        base = self._state.base
+        return [base.denoiser, *base.text_encoders.values()]
 
     def _try(self, run_checks: Callable[[], Iterator[Check]]) -> None:
         try:
@@ -283,7 +283,7 @@ def _loss_and_gradients(state: TrainState, flats: Iterable[FlatLora]) -> list[Te
     slot = state.accelerator.process_index
     batch = state.batches.batch(0, slot)
     rng = generator(batch.latents.device, state.batches.seed, "diffusion", 0, slot)
-    noise, timesteps = sample_noise(state.objective, batch.latents, rng)
+    noise, timesteps = state.objective.draw(batch.latents, rng)
     model = state.accelerator.unwrap_model(state.model)  # only the main process gets here, so DDP would hang
     with seeded_dropout(state, 0, slot), ExitStack() as stack:
         for flat in flats:

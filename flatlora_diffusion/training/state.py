@@ -21,18 +21,18 @@ from torch.nn.parallel import DistributedDataParallel
 from flatlora_diffusion.adapter.adalora import RankBudget, orthogonality
 from flatlora_diffusion.adapter.new_tokens import embedding_parameters, replace_in_captions
 from flatlora_diffusion.adapter.setup import adapt, adapted_models, load_initial, trainable_by_part
-from flatlora_diffusion.config import SAMPLES, TEXT_PARTS, ConfigError, ModelConfig, TrainConfig
+from flatlora_diffusion.config import SAMPLES, ConfigError, ModelConfig, TrainConfig
 from flatlora_diffusion.data.batches import Batches, build_batches
 from flatlora_diffusion.data.dataset import Sample
+from flatlora_diffusion.families.base import Base
+from flatlora_diffusion.families.device import DTYPES
+from flatlora_diffusion.families.objective import Objective
+from flatlora_diffusion.families.registry import load_base
 from flatlora_diffusion.lora_files.metadata import portable_base_name
 from flatlora_diffusion.lora_files.reading import ImportedLora, load_init_lora
 from flatlora_diffusion.method.build import step_gradient
 from flatlora_diffusion.method.flat_lora import FlatLora
 from flatlora_diffusion.method.gradient import GradientInputs, StepGradient
-from flatlora_diffusion.sdxl.denoiser import denoiser_of
-from flatlora_diffusion.sdxl.device import DTYPES
-from flatlora_diffusion.sdxl.objective import Objective, objective_of
-from flatlora_diffusion.sdxl.pipeline import Sdxl, load_sdxl
 from flatlora_diffusion.storage.rng import derive_seed
 from flatlora_diffusion.storage.run_dir import RunDir
 from flatlora_diffusion.training.optimizer import build_optimizer
@@ -92,14 +92,15 @@ class TrainState:
     Attributes:
         model: the module that the loss calls, as wrapped by accelerate.
         tokens: pivotal tuning's new tokens by placeholder.
-        base: the base's name for files and other tools.
+        base: the frozen base.
+        base_name: its name for files and other tools.
         ranks: AdaLoRA's budget of ranks.
         heldout: images of the run that are not trained on.
         progress: the mutable part.
     """
 
     accelerator: Accelerator
-    sdxl: Sdxl
+    base: Base
     model: nn.Module
     objective: Objective
     trainable: dict[str, nn.Parameter]
@@ -110,7 +111,7 @@ class TrainState:
     total_steps: int
     ema: EMAModel | None
     tokens: dict[str, list[str]]
-    base: str | None
+    base_name: str | None
     progress: Progress
     ranks: RankBudget | None = None
     heldout: Sequence[Sample] = ()
@@ -138,11 +139,11 @@ class TrainState:
 
     def penalty(self) -> Tensor | None:
         """AdaLoRA's penalty, which is added to the loss; None for other adapters."""
-        return None if self.ranks is None else orthogonality(self.sdxl.unet)
+        return None if self.ranks is None else orthogonality(self.base.denoiser)
 
     def rebuild_gradient(self) -> None:
         """Recreate the gradient computation for the current settings and weights."""
-        adapted = adapted_models(self.sdxl.pipeline, self.config.adapter)
+        adapted = adapted_models(self.base.pipeline, self.config.adapter)
         inputs = GradientInputs(adapted, self.trainable, self.config.perturb, self.batches.seed, self.total_steps)
         self.progress.gradient = step_gradient(inputs)
 
@@ -167,13 +168,13 @@ class Inputs:
 
     config: TrainConfig
     accelerator: Accelerator
-    sdxl: Sdxl
+    base: Base
     objective: Objective
     initial: ImportedLora | None
-    base: str | None
+    base_name: str | None
 
 
-LoadBase = Callable[[ModelConfig, torch.device, torch.dtype], Sdxl]
+LoadBase = Callable[[ModelConfig, torch.device, torch.dtype], Base]
 
 
 def prepare(
@@ -181,7 +182,7 @@ def prepare(
     samples: Sequence[Sample],
     class_samples: Sequence[Sample] = (),
     heldout: Sequence[Sample] = (),
-    load: LoadBase = load_sdxl,
+    load: LoadBase = load_base,
 ) -> TrainState:
     """Load the base and build everything that a training step needs.
 
@@ -193,8 +194,9 @@ def prepare(
         load: loads the base.
     """
     inputs = _load_inputs(config, samples, load)
-    config, accelerator, sdxl = inputs.config, inputs.accelerator, inputs.sdxl
-    pipeline, processes, optim = sdxl.pipeline, accelerator.num_processes, config.optim
+    config, accelerator, base = inputs.config, inputs.accelerator, inputs.base
+    pipeline, processes, optim = base.pipeline, accelerator.num_processes, config.optim
+    text_parts = base.family.text_parts
     total_steps = optim.max_train_steps
     assert config.run.seed is not None
     assert total_steps is not None
@@ -206,22 +208,21 @@ def prepare(
         load_initial(pipeline, inputs.initial.updates, inputs.initial.magnitudes)
     optimizer, lr_schedule = build_optimizer(config, trainable, embeddings.values(), processes, adapted.values())
     if config.model.is_unet_last:
-        sdxl.move((*TEXT_PARTS, "vae"), accelerator.device)
-    batches = build_batches(config, sdxl, samples, processes, class_samples)
+        base.move((*text_parts, "vae"), accelerator.device)
+    batches = build_batches(config, base, samples, processes, class_samples)
     if config.model.offload:  # the steps do not need models whose outputs are all cached
-        sdxl.move((*(() if config.encodes_in_steps else TEXT_PARTS), *(() if batches.needs_vae else ("vae",))), CPU)
+        base.move((*(() if config.encodes_in_steps else text_parts), *(() if batches.needs_vae else ("vae",))), CPU)
     if config.model.is_unet_last:
-        sdxl.move(("unet",), accelerator.device)
-    encoders = {part: getattr(pipeline, part) for part in TEXT_PARTS}
-    denoiser = denoiser_of(sdxl.unet, list(encoders.values()) if config.trains_text else [], sdxl.clip_skip)
+        base.move((base.family.denoiser,), accelerator.device)
+    trained = base.trained_model(config.trains_text)
     # Have DDP send no frozen weights: all processes have loaded the same ones, and torchao's cannot be sent.
-    frozen = [name for name, parameter in denoiser.named_parameters() if not parameter.requires_grad]
-    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(denoiser, frozen)
-    model, optimizer = accelerator.prepare(denoiser, optimizer)
+    frozen = [name for name, parameter in trained.named_parameters() if not parameter.requires_grad]
+    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(trained, frozen)
+    model, optimizer = accelerator.prepare(trained, optimizer)
     gradient_inputs = GradientInputs(adapted, trainable, config.perturb, config.run.seed, total_steps)
     return TrainState(
         accelerator=accelerator,
-        sdxl=sdxl,
+        base=base,
         model=model,
         objective=inputs.objective,
         trainable=trainable,
@@ -232,9 +233,9 @@ def prepare(
         total_steps=total_steps,
         # After the UNet has moved, so that the averages are on the same device.
         ema=EMAModel(trainable.values(), decay=optim.ema_decay, foreach=True) if optim.use_ema else None,
-        ranks=RankBudget(sdxl.unet, total_steps) if config.adapter.adapter == "adalora" else None,
+        ranks=RankBudget(base.denoiser, total_steps) if config.adapter.adapter == "adalora" else None,
         tokens=tokens,
-        base=inputs.base,
+        base_name=inputs.base_name,
         progress=Progress(config, step_gradient(gradient_inputs)),
         heldout=heldout,
     )
@@ -245,14 +246,14 @@ def _load_inputs(config: TrainConfig, samples: Sequence[Sample], load: LoadBase)
     set_backends(config)
     precision = accelerator.mixed_precision
     dtype = DTYPES[config.optim.base_dtype or precision]
-    sdxl = load(config.model, CPU if config.model.is_unet_last else accelerator.device, dtype)
+    base = load(config.model, CPU if config.model.is_unet_last else accelerator.device, dtype)
     init_lora = config.adapter.init_lora
-    initial = None if init_lora is None else load_init_lora(sdxl.pipeline, Path(init_lora))
-    base = portable_base_name(config)
-    objective = objective_of(config.objective, sdxl.scheduler)
-    resolution = sdxl.checked_resolution(config.data.resolution)
-    config = resolve_after_loading(config, precision, resolution, sdxl.size_step, samples, accelerator.num_processes)
-    return Inputs(config, accelerator, sdxl, objective, initial, base)
+    initial = None if init_lora is None else load_init_lora(base.pipeline, Path(init_lora))
+    base_name = portable_base_name(config)
+    objective = base.objective(config.objective)
+    resolution = base.checked_resolution(config.data.resolution)
+    config = resolve_after_loading(config, precision, resolution, base.size_step, samples, accelerator.num_processes)
+    return Inputs(config, accelerator, base, objective, initial, base_name)
 
 
 @contextmanager

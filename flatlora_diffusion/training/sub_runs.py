@@ -12,7 +12,7 @@ from accelerate.utils import broadcast_object_list
 from flatlora_diffusion.adapter.new_tokens import new_tokens, replace_in_captions
 from flatlora_diffusion.config import RunError, StoppedError, TrainConfig
 from flatlora_diffusion.data.dataset import Sample, manifest
-from flatlora_diffusion.sdxl.device import this_process
+from flatlora_diffusion.families.device import this_process
 from flatlora_diffusion.signals import Interrupted
 from flatlora_diffusion.storage.run_dir import RunDir
 from flatlora_diffusion.training.resolve_config import is_made_with

@@ -22,8 +22,8 @@ from flatlora_diffusion.config import RunError, StoppedError, TrainConfig
 from flatlora_diffusion.data.class_images import load_class_samples
 from flatlora_diffusion.data.dataset import Sample, SampleSet
 from flatlora_diffusion.data.sources import Fold, load_training_set, split_holdout
+from flatlora_diffusion.families.device import any_process, one_training, this_process
 from flatlora_diffusion.memory.preflight import log_memory
-from flatlora_diffusion.sdxl.device import any_process, one_training, this_process
 from flatlora_diffusion.signals import Interrupted, describe_interruption, hold_signals
 from flatlora_diffusion.storage.hashing import DrawHash
 from flatlora_diffusion.storage.run_dir import LORA_FILE, RunDir
@@ -279,7 +279,7 @@ def _update(state: TrainState, step: int, is_finite: bool) -> None:
         state.progress.steps_done = step
         raise RunError(non_finite_text(state, step, "gradient", list(range(state.batches.slots))))
     if state.trains_tokens(step) and not was_skipped:
-        rescale_embeddings(state.sdxl.pipeline)
+        rescale_embeddings(state.base.pipeline)
     state.lr_schedule.step()
     state.optimizer.zero_grad(set_to_none=True)
     if state.ema is not None and not was_skipped:

@@ -15,9 +15,9 @@ from flatlora_diffusion.adapter.lora import add_lora, trainable_parameters
 from flatlora_diffusion.config import AdapterConfig, ModelConfig
 from flatlora_diffusion.data.dataset import load_samples
 from flatlora_diffusion.evaluation.probe import fixed_probe, probe_loss
-from flatlora_diffusion.sdxl.objective import Objective
-from flatlora_diffusion.sdxl.pipeline import Sdxl, load_sdxl
-from flatlora_diffusion.sdxl.sampling import generate_images
+from flatlora_diffusion.families.sampling import generate_images
+from flatlora_diffusion.families.sdxl.objective import SdxlObjective
+from flatlora_diffusion.families.sdxl.pipeline import Sdxl, load_sdxl
 from flatlora_diffusion.storage.run_dir import LORA_FILE
 
 
@@ -26,10 +26,10 @@ def load(base: Path, dtype: torch.dtype = torch.float32) -> Sdxl:
 
 
 def test_all_attention_projections_are_adapted_and_nothing_else_is_trained(base: Path) -> None:
-    unet = load(base, torch.bfloat16).unet
+    unet = load(base, torch.bfloat16).denoiser
     add_lora(unet, AdapterConfig(rank=3), seed=0)
     expected = {
-        name for name, _ in load(base).unet.named_modules() if name.endswith(("to_q", "to_k", "to_v", "to_out.0"))
+        name for name, _ in load(base).denoiser.named_modules() if name.endswith(("to_q", "to_k", "to_v", "to_out.0"))
     }
     assert set(lora_layers(unet)) == expected
     parameters = trainable_parameters(unet)
@@ -44,14 +44,14 @@ def test_the_initialization_keeps_the_state_of_no_gpu_and_the_cpu_s(
     real = torch.random.fork_rng
     monkeypatch.setattr(torch.random, "fork_rng", lambda devices=None: (asked.append(devices), real(devices))[1])
     before = torch.get_rng_state()
-    add_lora(load(base).unet, AdapterConfig(rank=3), seed=0)
+    add_lora(load(base).denoiser, AdapterConfig(rank=3), seed=0)
     assert asked == [[]]
     assert torch.equal(torch.get_rng_state(), before)
 
 
 def test_the_initialization_is_a_function_of_the_seed_with_b_zero(base: Path) -> None:
     def factors(seed: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        unet = load(base).unet
+        unet = load(base).denoiser
         add_lora(unet, AdapterConfig(rank=16), seed)
         return [
             (layer.lora_A["default"].weight, layer.lora_B["default"].weight) for layer in lora_layers(unet).values()
@@ -71,20 +71,20 @@ def test_the_initialization_is_a_function_of_the_seed_with_b_zero(base: Path) ->
 def test_a_stock_pipeline_applies_what_was_trained(base: Path, icons: Path, tmp_path: Path, alpha: float) -> None:
     sdxl = load(base)
     plain = generate_images(sdxl, ["an icon"], [0], 32, steps=2)[0]
-    add_lora(sdxl.unet, AdapterConfig(rank=4, lora_alpha=alpha), seed=0)
-    for index, layer in enumerate(lora_layers(sdxl.unet).values()):
+    add_lora(sdxl.denoiser, AdapterConfig(rank=4, lora_alpha=alpha), seed=0)
+    for index, layer in enumerate(lora_layers(sdxl.denoiser).values()):
         weight = layer.lora_B["default"].weight
         weight.data.copy_(torch.randn(weight.shape, generator=torch.Generator().manual_seed(index)))
     probe = fixed_probe(sdxl, load_samples(icons).samples, 32, seed=0, draws=2)
-    trained = probe_loss(sdxl.unet, Objective(sdxl.scheduler), probe)
+    trained = probe_loss(sdxl.denoiser, SdxlObjective(sdxl.scheduler), probe)
     save_lora(sdxl.pipeline, tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == [LORA_FILE]
 
     stock = StableDiffusionXLPipeline.from_pretrained(base)
     stock.load_lora_weights(tmp_path)
-    assert probe_loss(stock.unet, Objective(sdxl.scheduler), probe) == pytest.approx(trained, rel=1e-4)
+    assert probe_loss(stock.unet, SdxlObjective(sdxl.scheduler), probe) == pytest.approx(trained, rel=1e-4)
     stock.unload_lora_weights()
-    assert probe_loss(stock.unet, Objective(sdxl.scheduler), probe) != pytest.approx(trained, rel=1e-3)
+    assert probe_loss(stock.unet, SdxlObjective(sdxl.scheduler), probe) != pytest.approx(trained, rel=1e-3)
     changed = generate_images(sdxl, ["an icon"], [0], 32, steps=2)[0]
     assert changed.tobytes() != plain.tobytes()
 
@@ -104,7 +104,7 @@ def merged_away(unet: Any, expected: dict[str, torch.Tensor]) -> float:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
 def test_a_dora_starts_at_its_half_precision_base(base: Path, dtype: torch.dtype) -> None:
-    unet = load(base, dtype).unet
+    unet = load(base, dtype).denoiser
     add_lora(unet, AdapterConfig(use_dora=True, lora_target_modules="conv"), seed=0)
     layers = lora_layers(unet)
     weights = {name: layer.get_base_layer().weight.double().flatten(1) for name, layer in layers.items()}
@@ -113,7 +113,7 @@ def test_a_dora_starts_at_its_half_precision_base(base: Path, dtype: torch.dtype
 
 
 def test_a_dora_computes_what_its_half_precision_base_computes_before_the_first_step(base: Path) -> None:
-    unet = load(base, torch.bfloat16).unet
+    unet = load(base, torch.bfloat16).denoiser
     add_lora(unet, AdapterConfig(use_dora=True, lora_target_modules="conv"), seed=0)
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         for name, layer in lora_layers(unet).items():

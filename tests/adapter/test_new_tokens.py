@@ -16,9 +16,10 @@ from flatlora_diffusion.adapter.new_tokens import (
     rescale_embeddings,
     save_embeddings,
 )
-from flatlora_diffusion.config import ConfigError, TokenConfig
+from flatlora_diffusion.config import ConfigError, ModelConfig, TokenConfig
 from flatlora_diffusion.data.prompts import TokenizedPrompts
-from flatlora_diffusion.sdxl.denoiser import embed_tokens
+from flatlora_diffusion.families.sdxl.denoiser import embed_tokens
+from flatlora_diffusion.families.sdxl.pipeline import wrap_pipeline
 
 
 @pytest.fixture
@@ -30,9 +31,8 @@ def pipeline(base: Path) -> StableDiffusionXLPipeline:
 
 
 def embed(pipeline: StableDiffusionXLPipeline, tokens: dict[str, list[str]], text: str) -> tuple[torch.Tensor, ...]:
-    ids = TokenizedPrompts(pipeline).conditioning([replace_placeholders(text, tokens)], None, torch.device("cpu"))[
-        "input_ids"
-    ]
+    prompts = TokenizedPrompts(wrap_pipeline(pipeline, ModelConfig()))
+    ids = prompts.conditioning([replace_placeholders(text, tokens)], None, torch.device("cpu"))["input_ids"]
     return embed_tokens([pipeline.text_encoder, pipeline.text_encoder_2], ids)
 
 

@@ -28,13 +28,13 @@ from flatlora_diffusion.training.state import prepare
 )
 def test_target_presets(config: TrainConfig, settings: dict[str, Any], expected: set[str]) -> None:
     state = prepare(config.replace(**settings), samples_of(config))
-    ends = {next(end for end in expected if name.endswith(end)) for name in lora_layers(state.sdxl.unet)}
+    ends = {next(end for end in expected if name.endswith(end)) for name in lora_layers(state.base.denoiser)}
     assert ends == expected
 
 
 def test_linear_and_convolution_presets_leave_out_what_other_tools_drop(config: TrainConfig) -> None:
-    linear = lora_layers(prepare(config.replace(lora_target_modules="all-linear"), samples_of(config)).sdxl.unet)
-    everything = lora_layers(prepare(config.replace(lora_target_modules="conv"), samples_of(config)).sdxl.unet)
+    linear = lora_layers(prepare(config.replace(lora_target_modules="all-linear"), samples_of(config)).base.denoiser)
+    everything = lora_layers(prepare(config.replace(lora_target_modules="conv"), samples_of(config)).base.denoiser)
     assert set(linear) < set(everything)
     assert any(name.endswith("time_emb_proj") for name in linear)
     assert any(name.endswith("conv1") for name in set(everything) - set(linear))
@@ -43,12 +43,12 @@ def test_linear_and_convolution_presets_leave_out_what_other_tools_drop(config: 
 
 def test_blocks_and_their_ranks(config: TrainConfig) -> None:
     chosen = config.replace(lora_unet_blocks="unet.up_blocks.0.attentions.0,mid_block", lora_block_ranks="mid_block=7")
-    layers = lora_layers(trained(chosen).sdxl.unet)
+    layers = lora_layers(trained(chosen).base.denoiser)
     assert {name.split(".attentions")[0] for name in layers} == {"up_blocks.0", "mid_block"}
     assert not any("attentions.1." in name for name in layers)
     assert {layer.r["default"] for name, layer in layers.items() if name.startswith("mid")} == {7}
     assert {layer.r["default"] for name, layer in layers.items() if name.startswith("up")} == {4}
-    blora = lora_layers(prepare(config.replace(use_blora=True), samples_of(config)).sdxl.unet)
+    blora = lora_layers(prepare(config.replace(use_blora=True), samples_of(config)).base.denoiser)
     assert {".".join(name.split(".")[:4]) for name in blora} == {
         "up_blocks.0.attentions.0",
         "up_blocks.0.attentions.1",

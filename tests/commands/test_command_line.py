@@ -298,7 +298,7 @@ def test_importing_the_libraries_prints_nothing() -> None:
     program = (
         "import logging; logging.basicConfig(level=logging.INFO); "
         "from flatlora_diffusion.commands.command_line import quiet_libraries; quiet_libraries(); "
-        "import flatlora_diffusion.sdxl.pipeline"
+        "import flatlora_diffusion.families.sdxl.pipeline"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert done.stderr == ""

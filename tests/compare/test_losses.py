@@ -11,19 +11,19 @@ import pytest
 from flatlora_diffusion.compare.losses import UNGROUPED, ImageSet, LossEvaluator, groups_of
 from flatlora_diffusion.data.dataset import load_samples
 from flatlora_diffusion.evaluation.probe import fixed_probe, probe_loss, probe_losses
-from flatlora_diffusion.sdxl.objective import Objective
-from flatlora_diffusion.sdxl.pipeline import Sdxl
+from flatlora_diffusion.families.sdxl.objective import SdxlObjective
+from flatlora_diffusion.families.sdxl.pipeline import Sdxl
 
 
 @pytest.fixture
 def evaluator(sdxl: Sdxl, icons: Path, tmp_path: Path) -> LossEvaluator:
     sets = {"icons": ImageSet(load_samples(icons).samples, ["a", "b", "a"], draws=2)}
-    return LossEvaluator(sdxl, Objective(sdxl.scheduler), sets, 32, tmp_path / "kept")
+    return LossEvaluator(sdxl, SdxlObjective(sdxl.scheduler), sets, 32, tmp_path / "kept")
 
 
 def test_the_loss_of_a_group_is_the_mean_of_its_images(evaluator: LossEvaluator, sdxl: Sdxl, icons: Path) -> None:
     probe = fixed_probe(sdxl, load_samples(icons).samples, 32, 0, 2)
-    each = probe_losses(sdxl.unet, Objective(sdxl.scheduler), probe)
+    each = probe_losses(sdxl.denoiser, SdxlObjective(sdxl.scheduler), probe)
     found = evaluator.losses(None)["icons"]
     assert found == pytest.approx(
         {UNGROUPED: float(each.mean()), "a": float(each[[0, 2]].mean()), "b": float(each[1])}, abs=1e-12
@@ -37,14 +37,16 @@ def test_a_lora_counts_by_its_strength_and_is_gone_afterwards(
     assert len({base["icons"][UNGROUPED], half["icons"][UNGROUPED], full["icons"][UNGROUPED]}) == 3
     assert evaluator.losses(lora, 0.0)["icons"][UNGROUPED] == pytest.approx(base["icons"][UNGROUPED], abs=1e-6)
     probe = fixed_probe(sdxl, evaluator.sets["icons"].samples, 32, 0, 2)
-    assert probe_loss(sdxl.unet, Objective(sdxl.scheduler), probe) == base["icons"][UNGROUPED]
+    assert probe_loss(sdxl.denoiser, SdxlObjective(sdxl.scheduler), probe) == base["icons"][UNGROUPED]
 
 
 def test_captions_are_read_as_in_training(evaluator: LossEvaluator, sdxl: Sdxl, tmp_path: Path) -> None:
     skipping = replace(sdxl, clip_skip=1)
-    objective = Objective(sdxl.scheduler)
+    objective = SdxlObjective(sdxl.scheduler)
     found = LossEvaluator(skipping, objective, evaluator.sets, 32, tmp_path / "kept").losses(None)["icons"][UNGROUPED]
-    assert found == probe_loss(sdxl.unet, objective, fixed_probe(skipping, evaluator.sets["icons"].samples, 32, 0, 2))
+    assert found == probe_loss(
+        sdxl.denoiser, objective, fixed_probe(skipping, evaluator.sets["icons"].samples, 32, 0, 2)
+    )
     assert found != pytest.approx(evaluator.losses(None)["icons"][UNGROUPED], rel=1e-5)
 
 
@@ -68,7 +70,7 @@ def test_the_rises_are_one_per_draw_and_repeatable(
 ) -> None:
     rises = evaluator.loss_increases(lora, "icons", 0.3, 3)
     assert len(set(rises)) == 3
-    again = LossEvaluator(sdxl, Objective(sdxl.scheduler), evaluator.sets, 32, tmp_path / "other")
+    again = LossEvaluator(sdxl, SdxlObjective(sdxl.scheduler), evaluator.sets, 32, tmp_path / "other")
     assert again.loss_increases(lora, "icons", 0.3, 3) == rises
 
 

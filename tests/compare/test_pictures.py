@@ -12,7 +12,7 @@ from PIL import Image, ImageChops
 
 from flatlora_diffusion.compare import pictures as pictures_module
 from flatlora_diffusion.compare.pictures import PictureGenerator
-from flatlora_diffusion.sdxl.pipeline import Sdxl
+from flatlora_diffusion.families.sdxl.pipeline import Sdxl
 
 KEYS = [("an icon of a fox", 0), ("an icon of a fox", 1), ("an icon of a cow", 0)]
 
@@ -81,7 +81,7 @@ def test_lora_steps_guidance_and_base_have_files_of_their_own(sdxl: Sdxl, lora: 
     assert not _equal(before, generator.generate(lora, KEYS[:1])[KEYS[0]])
     assert not _equal(before, guided.generate(None, KEYS[:1])[KEYS[0]])
     with torch.no_grad():
-        sdxl.unet.conv_in.weight.add_(0.1)
+        sdxl.denoiser.conv_in.weight.add_(0.1)
     assert PictureGenerator(sdxl, 32, tmp_path, steps=1).files(None, KEYS)[0] not in names, "another base"
 
 

@@ -16,16 +16,11 @@ from torch.utils._pytree import tree_leaves
 from flatlora_diffusion import FlatLora
 from flatlora_diffusion.adapter.lora import add_lora
 from flatlora_diffusion.config import AdapterConfig, ModelConfig, ObjectiveConfig
+from flatlora_diffusion.families.batch import Batch
+from flatlora_diffusion.families.objective import diffusion_loss
+from flatlora_diffusion.families.sdxl.objective import SdxlObjective, objective_of
+from flatlora_diffusion.families.sdxl.shapes import on_meta
 from flatlora_diffusion.method.rivals.bi_lora import BiLora
-from flatlora_diffusion.sdxl.objective import (
-    Batch,
-    Objective,
-    diffusion_loss,
-    objective_of,
-    sample_noise,
-    with_input_perturbation,
-)
-from flatlora_diffusion.sdxl.shapes import on_meta
 
 META = torch.device("meta")
 
@@ -54,17 +49,21 @@ class OnMeta(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def step(base: Path, objective: Objective, draw: str, adapter: AdapterConfig) -> list[Tensor]:
+def step(base: Path, objective: SdxlObjective, draw: str, adapter: AdapterConfig) -> list[Tensor]:
     """The gradients of one micro-batch with every tensor on `meta`."""
     unet = on_meta(ModelConfig(pretrained_model_name_or_path=str(base)), "unet")
     add_lora(unet, adapter, 0)
     flat = FlatLora(unet, sigma=0.1, schedule="constant", draw=draw)
-    shapes = {"latents": (2, 4, 8, 8), "prompt_embeds": (2, 77, 40), "pooled_prompt_embeds": (2, 24)}
-    made = {name: torch.empty(shape, device=META) for name, shape in shapes.items()}
-    batch = Batch(**made, add_time_ids=torch.empty(2, 6, device=META), mask=torch.empty(2, 1, 8, 8, device=META))
+    shapes = {"prompt_embeds": (2, 77, 40), "pooled_prompt_embeds": (2, 24)}
+    batch = Batch(
+        torch.empty(2, 4, 8, 8, device=META),
+        prompts={name: torch.empty(shape, device=META) for name, shape in shapes.items()},
+        geometry={"add_time_ids": torch.empty(2, 6, device=META)},
+        mask=torch.empty(2, 1, 8, 8, device=META),
+    )
     rng: Any = AnyDevice()
-    noise, timesteps = sample_noise(objective, batch.latents, rng)
-    batch = with_input_perturbation(objective, batch, rng)
+    noise, timesteps = objective.draw(batch.latents, rng)
+    batch = objective.with_input_perturbation(batch, rng)
     with flat.perturb(0):
         diffusion_loss(unet, objective, batch, noise, timesteps).backward()
     return [tensor.grad for tensor in unet.parameters() if tensor.requires_grad and tensor.grad is not None]

@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_leaves
 import flatlora_diffusion
 from flatlora_diffusion.config import TrainConfig, for_method
 from flatlora_diffusion.data import latents
-from flatlora_diffusion.sdxl.random_base import random_sdxl
+from flatlora_diffusion.families.sdxl.random_base import random_sdxl
 from flatlora_diffusion.training import micro_batches
 from flatlora_diffusion.training.state import TrainState, prepare
 from flatlora_diffusion.training.trainer import train_step

@@ -14,11 +14,11 @@ from PIL import Image
 from tiny_runs import samples_of
 
 from flatlora_diffusion.config import ModelConfig, TrainConfig
-from flatlora_diffusion.data import batches as feed_module
 from flatlora_diffusion.data.batches import Batches, build_batches
 from flatlora_diffusion.data.crops import Augmentation, View
 from flatlora_diffusion.data.dataset import load_samples
-from flatlora_diffusion.sdxl.pipeline import Sdxl, load_sdxl
+from flatlora_diffusion.families.batch import Batch
+from flatlora_diffusion.families.sdxl.pipeline import Sdxl, load_sdxl
 from flatlora_diffusion.training.state import prepare
 from flatlora_diffusion.training.trainer import train
 
@@ -50,8 +50,8 @@ def test_batches_need_the_vae_exactly_if_they_encode_images(
     samples = load_samples(icons).samples
     batches = build_batches(TrainConfig.from_dict(settings), sdxl, samples, class_samples=samples[:class_images])
     encoded: Any = []
-    real = feed_module.posterior
-    monkeypatch.setattr(feed_module, "posterior", lambda vae, pixels: (encoded.append(pixels), real(vae, pixels))[1])
+    real = Sdxl.posterior
+    monkeypatch.setattr(Sdxl, "posterior", lambda base, pixels: (encoded.append(pixels), real(base, pixels))[1])
     batches.batch(0, 0)
     assert batches.needs_vae is bool(encoded)
 
@@ -64,14 +64,18 @@ def test_each_epoch_has_each_image_once(sdxl: Sdxl, icons: Path) -> None:
     assert len({tuple(shown[3 * epoch : 3 * epoch + 3]) for epoch in range(4)}) > 1
 
 
+def tensors_of(batch: Batch) -> dict[str, torch.Tensor]:
+    return {"latents": batch.latents, **batch.prompts, **batch.geometry}
+
+
 def test_two_processes_get_the_batches_of_one_with_accumulation_2(sdxl: Sdxl, icons: Path) -> None:
     one = make_batches(sdxl, icons, gradient_accumulation_steps=2, caption_dropout=0.5, random_flip=True)
     two = make_batches(sdxl, icons, world_size=2, caption_dropout=0.5, random_flip=True)
     for step in range(3):
         for slot in range(2):
             a, b = one.batch(step, slot), two.batch(step, slot)
-            for name, value in vars(a).items():
-                assert value is None or torch.equal(value, getattr(b, name)), name
+            for name, value in tensors_of(a).items():
+                assert torch.equal(value, tensors_of(b)[name]), name
 
 
 def test_a_batch_is_a_function_of_its_key_and_other_keys_give_other_batches(sdxl: Sdxl, icons: Path) -> None:
@@ -86,26 +90,24 @@ def test_a_batch_is_a_function_of_its_key_and_other_keys_give_other_batches(sdxl
 def test_prompts_are_encoded_as_the_pipeline_encodes_them(sdxl: Sdxl, icons: Path) -> None:
     batches = make_batches(sdxl, icons)
     batch = batches.batch(0, 0)
-    assert batch.prompt_embeds is not None
-    assert batch.pooled_prompt_embeds is not None
     for row, sample in enumerate(batches.samples_at(0, 0)):
         embeds, _, pooled, _ = sdxl.pipeline.encode_prompt(sample.caption, do_classifier_free_guidance=False)
-        assert torch.equal(batch.prompt_embeds[row], embeds[0])
-        assert torch.equal(batch.pooled_prompt_embeds[row], pooled[0])
+        assert torch.equal(batch.prompts["prompt_embeds"][row], embeds[0])
+        assert torch.equal(batch.prompts["pooled_prompt_embeds"][row], pooled[0])
 
 
 def test_images_are_resized_with_the_filter_of_the_settings(sdxl: Sdxl, icons: Path) -> None:
     one, other = (
         make_batches(sdxl, icons, image_interpolation_mode=mode).batch(0, 0) for mode in ("nearest", "lanczos")
     )
-    assert torch.equal(one.add_time_ids, other.add_time_ids), "these are the same crops"
+    assert torch.equal(one.geometry["add_time_ids"], other.geometry["add_time_ids"]), "these are the same crops"
     assert not torch.equal(one.latents, other.latents)
 
 
 def test_time_ids_have_original_size_crop_and_target_size(sdxl: Sdxl, icons: Path) -> None:
     batches, corners = make_batches(sdxl, icons), []
     for step in range(4):
-        for ids, row in zip(batches.batch(step, 0).add_time_ids, batches._instances(step, 0), strict=True):
+        for ids, row in zip(batches.batch(step, 0).geometry["add_time_ids"], batches._instances(step, 0), strict=True):
             assert ids[:2].tolist() == [row.sample.height, row.sample.width]
             assert ids[2:4].tolist() == list(row.view.crop_top_left)
             assert ids[4:].tolist() == [32, 32]
@@ -118,10 +120,8 @@ def test_dropped_captions_are_zero_embeddings_at_about_the_given_rate(sdxl: Sdxl
     dropped = []
     for step in range(100):
         batch = batches.batch(step, 0)
-        assert batch.prompt_embeds is not None
-        assert batch.pooled_prompt_embeds is not None
-        empty = batch.prompt_embeds.abs().sum(dim=(1, 2)) == 0
-        assert torch.equal(empty, batch.pooled_prompt_embeds.abs().sum(dim=1) == 0)
+        empty = batch.prompts["prompt_embeds"].abs().sum(dim=(1, 2)) == 0
+        assert torch.equal(empty, batch.prompts["pooled_prompt_embeds"].abs().sum(dim=1) == 0)
         dropped += empty.tolist()
     assert 30 <= sum(dropped) <= 70  # 200 draws at 0.25: 50 +- 6
 
@@ -136,10 +136,8 @@ def test_a_dropped_caption_has_the_embedding_of_the_pipeline_s_empty_prompt(
     _, expected, _, pooled = sdxl.pipeline.encode_prompt("an icon", do_classifier_free_guidance=True)
     assert bool(expected.any()) is not zeros
     batch = make_batches(sdxl, icons, caption_dropout=1.0, **settings).batch(0, 0)
-    assert batch.prompt_embeds is not None
-    assert batch.pooled_prompt_embeds is not None
-    torch.testing.assert_close(batch.prompt_embeds, expected.expand(2, -1, -1))
-    torch.testing.assert_close(batch.pooled_prompt_embeds, pooled.expand(2, -1))
+    torch.testing.assert_close(batch.prompts["prompt_embeds"], expected.expand(2, -1, -1))
+    torch.testing.assert_close(batch.prompts["pooled_prompt_embeds"], pooled.expand(2, -1))
 
 
 def test_posterior_noise_and_caption_dropout_differ_between_steps_and_slots(sdxl: Sdxl, icons: Path) -> None:
@@ -148,7 +146,7 @@ def test_posterior_noise_and_caption_dropout_differ_between_steps_and_slots(sdxl
     steps = [[batches.batch(step, slot) for slot in (0, 1)] for step in range(20)]
     latents = [batch.latents for step in steps for batch in step]
     assert not any(torch.equal(a, b) for i, a in enumerate(latents) for b in latents[:i])
-    dropped = [[batch.prompt_embeds is not None and not batch.prompt_embeds.any() for batch in step] for step in steps]
+    dropped = [[not batch.prompts["prompt_embeds"].any() for batch in step] for step in steps]
     assert {one == two for one, two in dropped} == {False, True}
 
 

@@ -14,8 +14,8 @@ from tiny_runs import samples_of
 from flatlora_diffusion.config import ConfigError, ModelConfig, RunError, TrainConfig
 from flatlora_diffusion.data import class_images
 from flatlora_diffusion.data.dataset import load_samples
-from flatlora_diffusion.sdxl.objective import sample_losses
-from flatlora_diffusion.sdxl.pipeline import Sdxl
+from flatlora_diffusion.families.objective import sample_losses
+from flatlora_diffusion.families.sdxl.pipeline import Sdxl
 from flatlora_diffusion.training.state import prepare
 from flatlora_diffusion.training.trainer import train
 
@@ -46,13 +46,13 @@ def test_prior_preservation_adds_the_class_images_loss(config: TrainConfig, tmp_
     noise = torch.randn(batch.latents.shape, generator=torch.Generator().manual_seed(0))
     steps = torch.tensor([1, 300, 600, 999])
     losses = sample_losses(state.model, state.objective, batch, noise, steps)
-    from flatlora_diffusion.sdxl.objective import diffusion_loss
+    from flatlora_diffusion.families.objective import diffusion_loss
 
     whole = diffusion_loss(state.model, state.objective, batch, noise, steps)
     torch.testing.assert_close(whole, losses[:2].mean() + 0.3 * losses[2:].mean())
     instance = state.batches.samples_at(0, 0)[0]
-    assert batch.add_time_ids[0, :2].tolist() == [instance.height, instance.width]
-    sizes = {tuple(row[:2].tolist()) for row in batch.add_time_ids[2:]}
+    assert batch.geometry["add_time_ids"][0, :2].tolist() == [instance.height, instance.width]
+    sizes = {tuple(row[:2].tolist()) for row in batch.geometry["add_time_ids"][2:]}
     assert sizes <= {(70.0, 50.0), (32.0, 32.0)}, "a class image has the size conditioning of its own"
 
 
@@ -73,7 +73,7 @@ def test_with_offload_each_model_is_on_the_gpu_only_while_class_images_are_gener
         loaded.append(device.type)
         return SimpleNamespace(pipeline=SimpleNamespace(enable_model_cpu_offload=lambda device: moved.append(device)))
 
-    monkeypatch.setattr(class_images, "load_sdxl", load)
+    monkeypatch.setattr(class_images, "load_base", load)
     class_images._load_on(ModelConfig(**settings), gpu, torch.float16)
     assert (loaded, moved) == ([place], [gpu] if is_moved else [])
 
@@ -122,8 +122,8 @@ def test_no_black_class_image_is_saved(
     prior = config.replace(
         with_prior_preservation=True, class_data_dir=str(folder), class_prompt="an icon", num_class_images=1
     )
-    sdxl.unet.conv_out.register_forward_hook(lambda _module, _inputs, output: output * float("nan"))
-    monkeypatch.setattr(class_images, "load_sdxl", lambda *_: sdxl)
+    sdxl.denoiser.conv_out.register_forward_hook(lambda _module, _inputs, output: output * float("nan"))
+    monkeypatch.setattr(class_images, "load_base", lambda *_: sdxl)
     with pytest.raises(RunError, match="'an icon'"):
         class_images.load_class_samples(prior)
     assert not list(folder.glob("*.png"))

@@ -10,7 +10,8 @@ import torch
 from tiny_runs import samples_of
 
 from flatlora_diffusion.config import TEXT_PARTS, RunError, TrainConfig
-from flatlora_diffusion.sdxl.pipeline import Sdxl, posterior
+from flatlora_diffusion.families.sdxl.pipeline import Sdxl
+from flatlora_diffusion.families.sdxl.vae import posterior
 from flatlora_diffusion.training.state import prepare
 from flatlora_diffusion.training.trainer import train_step
 
@@ -27,7 +28,7 @@ def test_cached_latents_equal_those_of_the_same_crop_and_flip(config: TrainConfi
         rows = first._instances(step, 0)
         flips |= {row.view.is_mirrored for row in rows}
         pixels = torch.stack([first.augmentation.pixels(row.sample, row.view) for row in rows])
-        mean, std = posterior(first.sdxl.vae, pixels)
+        mean, std = posterior(first.base.vae, pixels)
         result = first._posteriors(rows, [], step, 0)
         assert torch.equal(result[0], mean), "an image has the same latents alone and in a batch"
         assert torch.equal(result[1], std)
@@ -59,13 +60,12 @@ def test_latents_with_nan_stop_the_run_with_the_image_s_name(
     settings = config.replace(cache_latents=is_cached, embedding_cache_dir=str(tmp_path / "cache"))
     samples = samples_of(config)
 
-    def spoiled(vae: Any, pixels: Any) -> Any:
-        mean, std = posterior(vae, pixels)
+    def spoiled(base: Sdxl, pixels: Any) -> Any:
+        mean, std = posterior(base.vae, pixels)
         mean[-1, 0, 0, 0] = torch.nan
         return mean, std
 
-    for place in ("data.latents", "data.batches"):
-        monkeypatch.setattr(f"flatlora_diffusion.{place}.posterior", spoiled)
+    monkeypatch.setattr(Sdxl, "posterior", spoiled)
     expected = r"{}.*--pretrained_vae_model_name_or_path"
     if is_cached:
         with pytest.raises(RunError, match=expected.format(samples[0].id)):

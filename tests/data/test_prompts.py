@@ -14,7 +14,7 @@ from flatlora_diffusion.config import ConfigError, DataConfig, RunError, TrainCo
 from flatlora_diffusion.data.dataset import load_samples, manifest
 from flatlora_diffusion.data.images import ImageError
 from flatlora_diffusion.data.prompts import augmented_caption
-from flatlora_diffusion.sdxl.pipeline import Sdxl
+from flatlora_diffusion.families.sdxl.pipeline import Sdxl
 from flatlora_diffusion.training.state import prepare
 
 
@@ -25,9 +25,7 @@ def test_prompt_embeddings_are_cached_on_disk_and_recomputed_for_a_changed_capti
     plain = prepare(config, samples_of(config)).batches.batch(0, 0)
     for _ in range(2):
         batch = prepare(cached, samples_of(config)).batches.batch(0, 0)
-        assert batch.prompt_embeds is not None
-        assert plain.prompt_embeds is not None
-        assert torch.equal(batch.prompt_embeds, plain.prompt_embeds)
+        assert torch.equal(batch.prompts["prompt_embeds"], plain.prompts["prompt_embeds"])
         assert len(list((tmp_path / "cache").iterdir())) == 3
     prepare(cached.replace(clip_skip=1), samples_of(config))
     assert len(list((tmp_path / "cache").iterdir())) == 6
@@ -77,11 +75,9 @@ def test_tag_dropout_drops_that_fraction_of_the_other_tags() -> None:
 def test_batches_have_the_embeddings_of_the_shuffled_captions(config: TrainConfig) -> None:
     state = prepare(config.replace(tag_dropout=1.0, keep_tags=0, offload=True, cache_latents=True), samples_of(config))
     batch = state.batches.batch(0, 0)
-    empty, _, pooled, _ = state.sdxl.pipeline.encode_prompt("", do_classifier_free_guidance=False)
-    assert batch.prompt_embeds is not None
-    torch.testing.assert_close(batch.prompt_embeds[:1], empty)
-    assert batch.pooled_prompt_embeds is not None
-    torch.testing.assert_close(batch.pooled_prompt_embeds[:1], pooled)
+    empty, _, pooled, _ = state.base.pipeline.encode_prompt("", do_classifier_free_guidance=False)
+    torch.testing.assert_close(batch.prompts["prompt_embeds"][:1], empty)
+    torch.testing.assert_close(batch.prompts["pooled_prompt_embeds"][:1], pooled)
 
 
 def test_caption_settings_that_exclude_each_other_are_an_error(config: TrainConfig) -> None:

@@ -97,9 +97,9 @@ def test_buckets_keep_the_shape_of_each_image(config: TrainConfig, tmp_path: Pat
     for step in range(8):
         batch = batches.batch(step, 0)
         height, width = batch.latents.shape[2:]
-        assert batch.add_time_ids[0, 4:].tolist() == [4 * height, 4 * width]
+        assert batch.geometry["add_time_ids"][0, 4:].tolist() == [4 * height, 4 * width]
         shapes.add((height, width))
-        for sample, row in zip(batches.samples_at(step, 0), batch.add_time_ids, strict=True):
+        for sample, row in zip(batches.samples_at(step, 0), batch.geometry["add_time_ids"], strict=True):
             assert row[:2].tolist() == [sample.height, sample.width]
             assert (sample.width > sample.height) == (width > height)
     assert len(shapes) == 3

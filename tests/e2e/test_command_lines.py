@@ -21,7 +21,7 @@ from diffusers import StableDiffusionXLPipeline
 from PIL import Image, ImageOps
 
 from flatlora_diffusion.commands.command_line import main
-from flatlora_diffusion.sdxl.single_file import save_single_file
+from flatlora_diffusion.families.sdxl.single_file import save_single_file
 from flatlora_diffusion.storage.run_dir import LORA_FILE
 
 ROOT = Path(__file__).parents[2]

@@ -27,6 +27,9 @@ from flatlora_diffusion.config import AdapterConfig, ConfigError, FlatnessConfig
 from flatlora_diffusion.data.dataset import load_samples, manifest
 from flatlora_diffusion.evaluation.finished_runs import read_runs
 from flatlora_diffusion.evaluation.probe import Probe, fixed_probe, loss_increases, probe_loss
+from flatlora_diffusion.families.objective import sample_losses
+from flatlora_diffusion.families.sdxl.objective import SdxlObjective
+from flatlora_diffusion.families.sdxl.pipeline import Sdxl, load_sdxl
 from flatlora_diffusion.flatness import report as flatness_report
 from flatlora_diffusion.flatness.curvature import top_eigenvalues, trace
 from flatlora_diffusion.flatness.functional import Weights, noise, scales, shifted, value
@@ -39,14 +42,11 @@ from flatlora_diffusion.flatness.merged_weights import (
     loss_of_factors,
     loss_on_probe,
     merged,
-    twice_differentiable,
 )
 from flatlora_diffusion.flatness.perturbed_models import OtherModels, round_factors, round_to, truncate_rank, variants
 from flatlora_diffusion.flatness.report import flatness
 from flatlora_diffusion.flatness.run_charts import charts_of
 from flatlora_diffusion.flatness.surface_page import write_surface_page
-from flatlora_diffusion.sdxl.objective import Objective, sample_losses
-from flatlora_diffusion.sdxl.pipeline import Sdxl, load_sdxl
 from flatlora_diffusion.storage.run_dir import LORA_FILE, RunDir
 
 QUICK = FlatnessConfig(
@@ -67,8 +67,8 @@ def load(base: Path) -> Sdxl:
 
 def with_lora(sdxl: Sdxl, seed: int = 0, **adapter: object) -> Sdxl:
     """The base with a LoRA whose product BA is not zero."""
-    add_lora(sdxl.unet, AdapterConfig(**adapter), seed=0)  # type: ignore[arg-type]
-    for index, layer in enumerate(lora_layers(sdxl.unet).values()):
+    add_lora(sdxl.denoiser, AdapterConfig(**adapter), seed=0)  # type: ignore[arg-type]
+    for index, layer in enumerate(lora_layers(sdxl.denoiser).values()):
         rng = torch.Generator().manual_seed(100 * seed + index)
         weight = layer.lora_B["default"].weight
         weight.data.copy_(torch.randn(weight.shape, generator=rng) * 0.3)
@@ -106,15 +106,17 @@ def test_loss_at_w_prime_is_that_of_the_loaded_lora(
     sdxl: Sdxl, base: Path, probe: Probe, adapter: dict[str, Any]
 ) -> None:
     other = with_lora(load(base), **adapter)
-    for layer in lora_layers(other.unet).values():
+    for layer in lora_layers(other.denoiser).values():
         if "default" in layer.lora_magnitude_vector:
             layer.lora_magnitude_vector["default"].weight.data *= 1.1
-    deltas = lora_deltas(other.unet)
-    expected = probe_loss(other.unet, Objective(sdxl.scheduler), probe)
-    weights = base_weights(sdxl.unet, deltas)
-    loss = loss_on_probe(sdxl.unet, Objective(sdxl.scheduler), probe, batch_size=4)
+    deltas = lora_deltas(other.denoiser)
+    expected = probe_loss(other.denoiser, SdxlObjective(sdxl.scheduler), probe)
+    weights = base_weights(sdxl.denoiser, deltas)
+    loss = loss_on_probe(sdxl.denoiser, SdxlObjective(sdxl.scheduler), probe, batch_size=4)
     assert value(loss, merged(weights, deltas)) == pytest.approx(expected, rel=1e-5)
-    assert value(loss, weights) == pytest.approx(probe_loss(sdxl.unet, Objective(sdxl.scheduler), probe), rel=1e-6)
+    assert value(loss, weights) == pytest.approx(
+        probe_loss(sdxl.denoiser, SdxlObjective(sdxl.scheduler), probe), rel=1e-6
+    )
     assert value(loss, weights) != pytest.approx(expected, rel=1e-4)
     assert (
         merged(weights, deltas, 0.0)["mid_block.attentions.0.transformer_blocks.0.attn1.to_q.weight"]
@@ -123,24 +125,24 @@ def test_loss_at_w_prime_is_that_of_the_loaded_lora(
 
 
 def test_rise_is_that_of_the_training_perturbation(sdxl: Sdxl, base: Path, probe: Probe) -> None:
-    other, objective = with_lora(load(base)), Objective(sdxl.scheduler)
-    deltas = lora_deltas(other.unet)
-    weights = merged(base_weights(sdxl.unet, deltas), deltas)
-    loss = loss_on_probe(sdxl.unet, objective, probe, 8)
+    other, objective = with_lora(load(base)), SdxlObjective(sdxl.scheduler)
+    deltas = lora_deltas(other.denoiser)
+    weights = merged(base_weights(sdxl.denoiser, deltas), deltas)
+    loss = loss_on_probe(sdxl.denoiser, objective, probe, 8)
     eps = noise(scales(weights, "filter"), weights, seed=3, draw=0)
     mine = value(loss, shifted(weights, eps, 0.5)) - value(loss, weights)
-    assert mine == pytest.approx(loss_increases(other.unet, objective, probe, 0.5, draws=1, seed=3)[0], rel=1e-3)
+    assert mine == pytest.approx(loss_increases(other.denoiser, objective, probe, 0.5, draws=1, seed=3)[0], rel=1e-3)
 
 
 def test_moving_scale_between_a_and_b_changes_no_figure(sdxl: Sdxl, base: Path, probe: Probe) -> None:
-    deltas = lora_deltas(with_lora(load(base)).unet)
+    deltas = lora_deltas(with_lora(load(base)).denoiser)
     moved = {name: replace(delta, down=delta.down * 8, up=delta.up / 8) for name, delta in deltas.items()}
-    weights = base_weights(sdxl.unet, deltas)
+    weights = base_weights(sdxl.denoiser, deltas)
     one, other = (
         asdict(
             measure_flatness(
-                sdxl.unet,
-                Objective(sdxl.scheduler),
+                sdxl.denoiser,
+                SdxlObjective(sdxl.scheduler),
                 weights,
                 MeasuredModel("arm", result, {"train": probe}),
                 QUICK,
@@ -168,10 +170,10 @@ def test_the_worst_step_of_a_and_b_is_that_of_the_loaded_lora(
     sdxl: Sdxl, base: Path, probe: Probe, adapter: dict[str, Any]
 ) -> None:
     """PEFT's own gradient of A and B, which of a DoRA leaves its norm out, and A and B moved by hand."""
-    other, objective, radius = with_lora(load(base), **adapter).unet.eval(), Objective(sdxl.scheduler), 0.01
+    other, objective, radius = with_lora(load(base), **adapter).denoiser.eval(), SdxlObjective(sdxl.scheduler), 0.01
     deltas = lora_deltas(other)
-    loss = loss_on_probe(sdxl.unet, objective, probe, batch_size=4)
-    (result,) = worst_increases(*loss_of_factors(loss, base_weights(sdxl.unet, deltas), deltas), [radius])
+    loss = loss_on_probe(sdxl.denoiser, objective, probe, batch_size=4)
+    (result,) = worst_increases(*loss_of_factors(loss, base_weights(sdxl.denoiser, deltas), deltas), [radius])
     still = probe_loss(other, objective, probe)
     sample_losses(other, objective, probe.batch, probe.noise, probe.timesteps).mean().backward()
     factors = [one for name, one in other.named_parameters() if "lora_A" in name or "lora_B" in name]
@@ -186,52 +188,52 @@ def test_the_worst_step_of_a_and_b_is_that_of_the_loaded_lora(
 
 
 def test_nothing_is_written_and_modes_and_attention_come_back(sdxl: Sdxl, base: Path, probe: Probe) -> None:
-    deltas = lora_deltas(with_lora(load(base)).unet)
-    before = state(sdxl.unet)
-    sdxl.unet.train()
-    weights = base_weights(sdxl.unet, deltas)
+    deltas = lora_deltas(with_lora(load(base)).denoiser)
+    before = state(sdxl.denoiser)
+    sdxl.denoiser.train()
+    weights = base_weights(sdxl.denoiser, deltas)
     measure_flatness(
-        sdxl.unet,
-        Objective(sdxl.scheduler),
+        sdxl.denoiser,
+        SdxlObjective(sdxl.scheduler),
         weights,
         MeasuredModel("arm", deltas, {"train": probe}),
         QUICK,
         OtherModels(),
     )
-    assert same(state(sdxl.unet), before)
-    assert sdxl.unet.training
-    assert all(isinstance(used, AttnProcessor2_0) for used in sdxl.unet.attn_processors.values())
-    assert all(not parameter.requires_grad for parameter in sdxl.unet.parameters())
+    assert same(state(sdxl.denoiser), before)
+    assert sdxl.denoiser.training
+    assert all(isinstance(used, AttnProcessor2_0) for used in sdxl.denoiser.attn_processors.values())
+    assert all(not parameter.requires_grad for parameter in sdxl.denoiser.parameters())
 
 
 def test_nothing_is_written_after_an_exception(sdxl: Sdxl, base: Path, probe: Probe) -> None:
-    deltas = lora_deltas(with_lora(load(base)).unet)
-    before, weights = state(sdxl.unet), base_weights(sdxl.unet, deltas)
-    loss = loss_on_probe(sdxl.unet, Objective(sdxl.scheduler), probe, 4)
-    fails = sdxl.unet.conv_out.register_forward_hook(lambda *_: (_ for _ in ()).throw(KeyboardInterrupt()))
+    deltas = lora_deltas(with_lora(load(base)).denoiser)
+    before, weights = state(sdxl.denoiser), base_weights(sdxl.denoiser, deltas)
+    loss = loss_on_probe(sdxl.denoiser, SdxlObjective(sdxl.scheduler), probe, 4)
+    fails = sdxl.denoiser.conv_out.register_forward_hook(lambda *_: (_ for _ in ()).throw(KeyboardInterrupt()))
     for measurement in (
         lambda: expected_increase(loss, weights, 0.3, 2, 0),
         lambda: worst_increases(loss, weights, [0.1]),
     ):
         with pytest.raises(KeyboardInterrupt):
             measurement()
-    with pytest.raises(KeyboardInterrupt), twice_differentiable(sdxl.unet):
+    with pytest.raises(KeyboardInterrupt), sdxl.twice_differentiable():
         trace(loss, weights, "filter", 2, 0)
     fails.remove()
-    assert same(state(sdxl.unet), before)
-    assert all(isinstance(used, AttnProcessor2_0) for used in sdxl.unet.attn_processors.values())
+    assert same(state(sdxl.denoiser), before)
+    assert all(isinstance(used, AttnProcessor2_0) for used in sdxl.denoiser.attn_processors.values())
 
 
 @pytest.mark.long
 def test_curvature_of_the_unet_is_that_of_finite_differences(sdxl: Sdxl, base: Path, probe: Probe) -> None:
     """The fused attention has no second derivative, and the plain one gives the same loss."""
-    sdxl.unet.double()
+    sdxl.denoiser.double()
     probe = replace(probe, batch=probe.batch.map(lambda part: part.double()), noise=probe.noise.double())
-    names = list(lora_deltas(with_lora(load(base)).unet))[:2]
-    weights = {name: weight.double() for name, weight in base_weights(sdxl.unet, names).items()}
-    loss = loss_on_probe(sdxl.unet, Objective(sdxl.scheduler), probe, 3)
+    names = list(lora_deltas(with_lora(load(base)).denoiser))[:2]
+    weights = {name: weight.double() for name, weight in base_weights(sdxl.denoiser, names).items()}
+    loss = loss_on_probe(sdxl.denoiser, SdxlObjective(sdxl.scheduler), probe, 3)
     fused = value(loss, weights)
-    with twice_differentiable(sdxl.unet):
+    with sdxl.twice_differentiable():
         assert value(loss, weights) == pytest.approx(fused, rel=1e-6)
         top = top_eigenvalues(loss, weights, "filter", 1, 30, seed=0)[0]
         result = trace(loss, weights, "filter", 40, seed=0)
@@ -343,7 +345,7 @@ def test_losses_are_those_of_the_objective_and_the_text_layer_that_were_trained(
 ) -> None:
     result: list[Any] = []
 
-    def watched(unet: Any, objective: Objective, weights: Weights, model: MeasuredModel, *rest: Any) -> None:
+    def watched(unet: Any, objective: SdxlObjective, weights: Weights, model: MeasuredModel, *rest: Any) -> None:
         result.append((objective, model))
 
     monkeypatch.setattr(flatness_report, "measure_flatness", watched)
@@ -361,7 +363,7 @@ def test_losses_are_those_of_the_objective_and_the_text_layer_that_were_trained(
     assert len(result) == 2
     for objective, model in result:
         assert objective.edm
-        assert torch.equal(model.probes["train"].batch.prompt_embeds, prompts)
+        assert torch.equal(model.probes["train"].batch.prompts["prompt_embeds"], prompts)
 
 
 def test_the_probe_has_the_draws_of_the_settings_and_is_taken_in_their_batches(
@@ -370,7 +372,7 @@ def test_the_probe_has_the_draws_of_the_settings_and_is_taken_in_their_batches(
     class SeenError(Exception):
         pass
 
-    def watched(unet: Any, objective: Objective, probe: Probe, batch_size: int) -> Any:
+    def watched(unet: Any, objective: SdxlObjective, probe: Probe, batch_size: int) -> Any:
         raise SeenError(probe.draws, len(probe.timesteps), batch_size)
 
     monkeypatch.setattr("flatlora_diffusion.flatness.measure.loss_on_probe", watched)
@@ -444,7 +446,7 @@ def test_a_run_that_does_not_fit_is_named(
 def test_an_output_that_cannot_be_written_is_named_before_anything_is_measured(
     make_run: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(flatness_report, "load_sdxl", lambda *_: pytest.fail("it was loaded"))
+    monkeypatch.setattr(flatness_report, "load_base", lambda *_: pytest.fail("it was loaded"))
     (tmp_path / "file").write_text("")
     config = replace(QUICK, runs=(str(make_run("plain")),), output_dir=str(tmp_path / "file" / "out"))
     with pytest.raises(ConfigError, match=r"output_dir='.*out' cannot be written: .+; give another folder"):
@@ -455,7 +457,7 @@ def test_an_output_that_cannot_be_written_is_named_before_anything_is_measured(
 def test_a_file_that_belongs_to_no_earlier_result_is_not_replaced(
     make_run: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
-    monkeypatch.setattr(flatness_report, "load_sdxl", lambda *_: pytest.fail("it was loaded"))
+    monkeypatch.setattr(flatness_report, "load_base", lambda *_: pytest.fail("it was loaded"))
     (tmp_path / name).write_bytes(b"the user's")
     config = replace(QUICK, runs=(str(make_run("plain")),), output_dir=str(tmp_path))
     with pytest.raises(ConfigError, match=f"output_dir=.* holds {name}"):

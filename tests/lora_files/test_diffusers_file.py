@@ -29,11 +29,11 @@ def test_a_stock_pipeline_computes_the_trained_function(
     config: TrainConfig, base: Path, name: str, tmp_path: Path
 ) -> None:
     state = trained(config.replace(**ADAPTERS[name], learning_rate=0.1, text_encoder_lr=0.1))
-    path = save_lora(state.sdxl.pipeline, tmp_path / "out")
+    path = save_lora(state.base.pipeline, tmp_path / "out")
     stock = StableDiffusionXLPipeline.from_pretrained(base)
     plain = output_with(stock, state)
     stock.load_lora_weights(path)
-    expected = output_with(state.sdxl.pipeline, state)
+    expected = output_with(state.base.pipeline, state)
     effect = float((expected - plain).abs().max())
     assert effect > 1e-3
     assert float((output_with(stock, state) - expected).abs().max()) < 1e-3 * effect

@@ -28,7 +28,7 @@ def test_training_can_start_from_a_lora_in_another_layout(config: TrainConfig, b
         again = config.replace(init_lora=str(source), train_text_encoder=True, output_dir=str(tmp_path / "next"))
         state = prepare(again, samples_of(config))
         torch.testing.assert_close(
-            output_with(state.sdxl.pipeline, state), output_with(expected, state), rtol=1e-4, atol=1e-5
+            output_with(state.base.pipeline, state), output_with(expected, state), rtol=1e-4, atol=1e-5
         )
     with pytest.raises(ConfigError, match=r"rank=8, but init_lora has rank 4.*use --rank 4"):
         prepare(config.replace(init_lora=str(kept), train_text_encoder=True, rank=8), samples_of(config))
@@ -51,7 +51,7 @@ def test_a_start_from_a_kohya_file_has_the_alpha_of_each_layer(config: TrainConf
         whole[f"{name}.lora_up.weight"] = whole[f"{name}.lora_up.weight"].float() / factor
     save_file(whole, tmp_path / "mixed.safetensors")
     started = [
-        lora_updates(prepare(plain.replace(init_lora=str(path)), samples_of(config)).sdxl.pipeline)["unet"]
+        lora_updates(prepare(plain.replace(init_lora=str(path)), samples_of(config)).base.pipeline)["unet"]
         for path in (tmp_path / "run" / "run.safetensors", tmp_path / "mixed.safetensors")
     ]
     assert min(norm(update) for update in started[0].values()) > 1e-3
@@ -62,9 +62,9 @@ def test_a_start_from_a_kohya_file_has_the_alpha_of_each_layer(config: TrainConf
 def test_a_start_from_a_dora_has_its_magnitudes(config: TrainConfig, tmp_path: Path) -> None:
     dora = config.replace(use_dora=True, learning_rate=0.1, save_dtype="fp32")
     path = train(dora)
-    before = magnitudes(prepare(dora, samples_of(config)).sdxl.pipeline)["unet"]
+    before = magnitudes(prepare(dora, samples_of(config)).base.pipeline)["unet"]
     saved = load_file(path)
-    again = magnitudes(prepare(dora.replace(init_lora=str(path)), samples_of(config)).sdxl.pipeline)["unet"]
+    again = magnitudes(prepare(dora.replace(init_lora=str(path)), samples_of(config)).base.pipeline)["unet"]
     for name, value in again.items():
         assert torch.equal(value, saved[f"unet.{name}.lora_magnitude_vector"])
         assert not torch.equal(value, before[name])
@@ -84,8 +84,8 @@ def test_a_dora_initialized_from_a_plain_lora_starts_at_its_merged_weights(
 ) -> None:
     plain = config.replace(learning_rate=0.1, save_dtype="fp32", mixed_precision=precision)
     path = train(plain)
-    trained = lora_updates(prepare(plain.replace(init_lora=str(path)), samples_of(config)).sdxl.pipeline)["unet"]
-    dora = prepare(plain.replace(init_lora=str(path), use_dora=True), samples_of(config)).sdxl.pipeline
+    trained = lora_updates(prepare(plain.replace(init_lora=str(path)), samples_of(config)).base.pipeline)["unet"]
+    dora = prepare(plain.replace(init_lora=str(path), use_dora=True), samples_of(config)).base.pipeline
     for name, layer in lora_layers(dora.unet).items():
         down, up, scale = trained[name]
         merged = layer.get_base_layer().weight.float() + scale * (up @ down)

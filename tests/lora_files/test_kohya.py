@@ -13,9 +13,10 @@ from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 from flatlora_diffusion.adapter.delta import Update, shared_path
-from flatlora_diffusion.lora_files.kohya import kohya_name, kohya_tensors, with_required_layers
+from flatlora_diffusion.families.sdxl.lora_names import kohya_name
+from flatlora_diffusion.families.sdxl.single_file import unet_tensors
+from flatlora_diffusion.lora_files.kohya import kohya_tensors, with_required_layers
 from flatlora_diffusion.lora_files.metadata import with_content_keys
-from flatlora_diffusion.sdxl.single_file import unet_tensors
 from flatlora_diffusion.storage.tensor_io import contents_of
 
 LEAVES = [f"self_attn_{x}_proj" for x in "qkv"] + ["self_attn_out_proj", "mlp_fc1", "mlp_fc2"]

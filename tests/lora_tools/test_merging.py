@@ -15,7 +15,7 @@ from torch import Tensor
 
 from flatlora_diffusion.commands.command_line import main
 from flatlora_diffusion.config import ModelConfig
-from flatlora_diffusion.sdxl.loading import load_pipeline
+from flatlora_diffusion.families.sdxl.loading import load_pipeline
 
 PARTS = ("unet", "text_encoder", "text_encoder_2", "vae")
 

@@ -24,7 +24,7 @@ def checkpoint(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The base as one file."""
     from diffusers import StableDiffusionXLPipeline
 
-    from flatlora_diffusion.sdxl.single_file import save_single_file
+    from flatlora_diffusion.families.sdxl.single_file import save_single_file
 
     path = tmp_path_factory.mktemp("checkpoint") / "sdxl.safetensors"
     return save_single_file(StableDiffusionXLPipeline.from_pretrained(base), path)

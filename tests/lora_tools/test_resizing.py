@@ -16,7 +16,7 @@ from torch import Tensor
 
 from flatlora_diffusion.adapter.delta import Update, cut_to_rank
 from flatlora_diffusion.commands.command_line import main
-from flatlora_diffusion.sdxl.single_file import save_single_file
+from flatlora_diffusion.families.sdxl.single_file import save_single_file
 
 
 @pytest.fixture(scope="module")

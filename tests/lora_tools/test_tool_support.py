@@ -28,11 +28,11 @@ from lora_layouts import (
 from safetensors.torch import load_file
 from torch import Tensor
 
+from flatlora_diffusion.families.sdxl.sgm_names import original_path
 from flatlora_diffusion.lora_files.names import BaseNames, base_names
 from flatlora_diffusion.lora_files.reading import parse_layers
 from flatlora_diffusion.lora_files.safe_reading import read_header
 from flatlora_diffusion.lora_tools.tool_support import tool_support
-from flatlora_diffusion.sdxl.sgm_names import original_path
 
 UNET, FIRST, SECOND = 560, 48, 128  # attention layers of SDXL's UNet and text encoders
 TEXT = FIRST + SECOND
@@ -305,7 +305,7 @@ def embeddings(tokens: int) -> Tensors:
 def norms(sdxl: BaseNames, original: bool = True) -> Tensors:
     """LyCORIS's changes of all norms of the UNet, beside the factors."""
     found = {}
-    for module, layer in sdxl.unet.named_modules():
+    for module, layer in sdxl.denoiser.named_modules():
         if isinstance(layer, torch.nn.GroupNorm | torch.nn.LayerNorm):
             path = original_path(module, 2) if original else module
             for kind in ("w_norm", "b_norm"):

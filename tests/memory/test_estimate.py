@@ -17,6 +17,10 @@ from torch import Tensor
 from flatlora_diffusion.adapter.lora import add_lora
 from flatlora_diffusion.config import ModelConfig, TrainConfig
 from flatlora_diffusion.data.dataset import load_samples
+from flatlora_diffusion.families.objective import diffusion_loss
+from flatlora_diffusion.families.sdxl.pipeline import Sdxl
+from flatlora_diffusion.families.sdxl.shapes import on_meta, part_settings
+from flatlora_diffusion.families.sdxl.vae import posterior
 from flatlora_diffusion.memory.estimate import (
     GIB,
     MemoryEstimate,
@@ -28,9 +32,6 @@ from flatlora_diffusion.memory.estimate import (
 from flatlora_diffusion.memory.meta_step import measure_sampling, measure_vae, weight_count
 from flatlora_diffusion.method.layers import find_adapted_layers
 from flatlora_diffusion.method.rivals.sketch import SKETCH_RANK
-from flatlora_diffusion.sdxl.objective import diffusion_loss, sample_noise
-from flatlora_diffusion.sdxl.pipeline import Sdxl, encode_images
-from flatlora_diffusion.sdxl.shapes import on_meta, part_settings
 from flatlora_diffusion.storage.rng import generator
 from flatlora_diffusion.training.state import TrainState, prepare
 
@@ -75,7 +76,7 @@ class RealStep:
     def __init__(self, state: TrainState) -> None:
         self.state = state
         self.batch = state.batches.batch(0, 0)
-        self.draws = sample_noise(state.objective, self.batch.latents, generator("cpu", 3, "test"))
+        self.draws = state.objective.draw(self.batch.latents, generator("cpu", 3, "test"))
 
     def loss(self) -> Tensor:
         return diffusion_loss(self.state.model, self.state.objective, self.batch, *self.draws)
@@ -149,12 +150,12 @@ def test_weights_gradients_and_optimizer_state_are_the_real_ones(config: TrainCo
     state.optimizer.step()
     trained = state.trainable.values()
     states = [value for tensors in state.optimizer.state.values() for value in tensors.values() if value.numel() > 1]
-    pipeline = state.sdxl.pipeline
-    frozen = [parameter for parameter in state.sdxl.unet.parameters() if not parameter.requires_grad]
+    pipeline = state.base.pipeline
+    frozen = [parameter for parameter in state.base.denoiser.parameters() if not parameter.requires_grad]
     encoders = [*pipeline.text_encoder.parameters(), *pipeline.text_encoder_2.parameters()]
-    assert estimate.unet == _bytes(frozen)
+    assert estimate.denoiser == _bytes(frozen)
     assert estimate.text_encoders == _bytes([parameter for parameter in encoders if not parameter.requires_grad])
-    assert estimate.vae == _bytes(state.sdxl.vae.parameters())
+    assert estimate.vae == _bytes(state.base.vae.parameters())
     assert estimate.lora == estimate.ema == _bytes(trained)
     assert estimate.gradients == _bytes([parameter.grad for parameter in trained])
     assert estimate.optimizer == _bytes(states)
@@ -261,7 +262,7 @@ def test_cached_latents_are_encoded_one_by_one_and_the_vae_is_freed(config: Trai
     assert cached.encoding < drawn.encoding
     assert (away.vae, away.text_encoders) == (0, 0)
     assert sum(away.parts.values()) == sum(cached.parts.values()) - cached.vae - cached.text_encoders
-    assert away.encoding == cached.encoding - cached.unet - cached.lora, "the UNet comes after the encoding"
+    assert away.encoding == cached.encoding - cached.denoiser - cached.lora, "the UNet comes after the encoding"
     assert estimate_memory(config.replace(cache_latents=True)).encoding == cached.encoding
     assert estimate_memory(config.replace(offload=True, train_text_encoder=True)).text_encoders > 0
 
@@ -302,7 +303,7 @@ def test_the_peak_of_drawing_is_that_of_the_real_unet(config: TrainConfig, sdxl:
     added = {"text_embeds": torch.zeros(2 * images, 24), "time_ids": torch.zeros(2 * images, 6)}
     sample, prompts = torch.zeros(2 * images, 4, 16, 16), torch.zeros(2 * images, 77, 40)
     with torch.no_grad():
-        peak = peak_of(lambda: sdxl.unet(sample, torch.tensor(3), prompts, added_cond_kwargs=added))
+        peak = peak_of(lambda: sdxl.denoiser(sample, torch.tensor(3), prompts, added_cond_kwargs=added))
     measured = measure_sampling(config.model, torch.float32, images, resolution)
     given = sum(tensor.nbytes for tensor in (sample, prompts, *added.values()))
     assert measured == pytest.approx(peak + given, rel=0.01)
@@ -310,13 +311,13 @@ def test_the_peak_of_drawing_is_that_of_the_real_unet(config: TrainConfig, sdxl:
 
 def drawn_weights(config: TrainConfig) -> int:
     estimate = estimate_memory(config)
-    return estimate.unet + estimate.text_encoders + estimate.vae
+    return estimate.denoiser + estimate.text_encoders + estimate.vae
 
 
 def test_the_peak_of_encoding_is_that_of_the_real_vae(config: TrainConfig) -> None:
-    vae = prepared(config).sdxl.vae
+    vae = prepared(config).base.vae
     pixels = torch.rand(3, 3, 64, 64)
-    peak = peak_of(lambda: encode_images(vae, pixels))
+    peak = peak_of(lambda: posterior(vae, pixels))
     measured = measure_vae(config.model, torch.float32, 3, 64).encode_peak
     assert measured == pytest.approx(peak + pixels.nbytes, rel=0.01)
 
@@ -404,7 +405,7 @@ def test_shapes_come_from_the_base_or_from_sdxl(base: Path, tmp_path: Path) -> N
 def test_a_base_in_the_hub_cache_is_read(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     cached = tmp_path / "config.json"
     shutil.copy(base / "unet" / "config.json", cached)
-    monkeypatch.setattr("flatlora_diffusion.sdxl.shapes.try_to_load_from_cache", lambda *_, **__: str(cached))
+    monkeypatch.setattr("flatlora_diffusion.families.paths.try_to_load_from_cache", lambda *_, **__: str(cached))
     assert part_settings(ModelConfig(pretrained_model_name_or_path=SDXL), "unet")["cross_attention_dim"] == 40
 
 
@@ -424,7 +425,7 @@ def test_true_sdxl_has_its_sizes_and_fits_where_it_is_known_to_fit(sdxl_config: 
         "vae": 83_653_863,
     }
     estimate = estimate_memory(sdxl_config)
-    assert estimate.unet == 2 * counts["unet"]
+    assert estimate.denoiser == 2 * counts["unet"]
     assert 8 * GIB < estimate.total < 12 * GIB
     assert sum(estimate.parts.values()) < 9 * GIB
 
@@ -442,7 +443,7 @@ def test_the_lora_of_sdxl_has_the_parameters_of_its_layers(sdxl_config: TrainCon
 def test_a_base_in_fp32_needs_twice_the_memory_and_leaving_it_out_is_advised(sdxl_config: TrainConfig) -> None:
     whole = sdxl_config.replace(base_dtype="fp32")
     half, full = estimate_memory(sdxl_config), estimate_memory(whole)
-    assert (full.unet, full.text_encoders) == (2 * half.unet, 2 * half.text_encoders)
+    assert (full.denoiser, full.text_encoders) == (2 * half.denoiser, 2 * half.text_encoders)
     assert full.lora == half.lora
     assert full.activations > half.activations, "the weights as they are rounded for each product"
     assert any(line.startswith("no --base_dtype saves ") for line in memory_advice(whole, full, half.total))
@@ -450,7 +451,7 @@ def test_a_base_in_fp32_needs_twice_the_memory_and_leaving_it_out_is_advised(sdx
 
 def test_a_quantized_base_is_smaller(sdxl_config: TrainConfig) -> None:
     whole, int8, nf4 = (estimate_memory(sdxl_config.replace(quantize_base=kind)) for kind in (None, "int8", "nf4"))
-    assert whole.unet > int8.unet > nf4.unet > whole.unet / 4
+    assert whole.denoiser > int8.denoiser > nf4.denoiser > whole.denoiser / 4
     assert whole.temporary < int8.temporary == nf4.temporary
     assert isinstance(nf4, MemoryEstimate)
     assert nf4.total < whole.total

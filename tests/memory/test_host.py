@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from flatlora_diffusion.config import TrainConfig
 from flatlora_diffusion.data.dataset import load_samples
 from flatlora_diffusion.data.prompts import FrozenPrompts
+from flatlora_diffusion.families.sdxl.pipeline import Sdxl
 from flatlora_diffusion.memory.host import cpu_lines, estimate_cpu_memory
-from flatlora_diffusion.sdxl.pipeline import Sdxl
 from flatlora_diffusion.training.state import prepare
 
 GIB = 2**30
@@ -50,7 +50,7 @@ import sys
 from pathlib import Path
 import torch
 from flatlora_diffusion.config import ModelConfig
-from flatlora_diffusion.sdxl.loading import load_pipeline
+from flatlora_diffusion.families.sdxl.loading import load_pipeline
 
 def anonymous():
     lines = Path("/proc/self/status").read_text().splitlines()
@@ -67,7 +67,7 @@ print(anonymous() - before)
 @pytest.mark.long
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 def test_a_file_in_the_precision_of_the_run_is_mapped_and_not_copied(base: Path, sdxl: Sdxl, tmp_path: Path) -> None:
-    unet = type(sdxl.unet).from_config({**sdxl.unet.config, "block_out_channels": (128, 256, 512)})
+    unet = type(sdxl.denoiser).from_config({**sdxl.denoiser.config, "block_out_channels": (128, 256, 512)})
     folder = tmp_path / "large"
     shutil.copytree(base, folder)
     shutil.rmtree(folder / "unet")
@@ -112,8 +112,8 @@ def test_caches_and_offloaded_parts_are_those_of_a_real_run(config: TrainConfig,
     assert state.batches.latents is not None
     assert estimate.latents == sum(size(*pair) for pair in state.batches.latents._posteriors.values())
     assert isinstance(state.batches.prompts, FrozenPrompts)
-    assert estimate.prompts == sum(size(*pair) for pair in state.batches.prompts._embeds.values())
-    pipeline = state.sdxl.pipeline
+    assert estimate.prompts == sum(size(*tensors.values()) for tensors in state.batches.prompts._embeds.values())
+    pipeline = state.base.pipeline
     assert estimate.offloaded == 4 * sum(numbers(getattr(pipeline, part)) for part in PARTS if part != "unet")
     prior = {"with_prior_preservation": True, "prior_from_base": False, "class_data_dir": str(icons)}
     config = config.replace(**prior, num_class_images=3, prior_generation_precision="fp32")

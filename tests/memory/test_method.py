@@ -16,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 from flatlora_diffusion.adapter.lora import add_lora, trainable_parameters
 from flatlora_diffusion.config import TrainConfig
+from flatlora_diffusion.families.sdxl.shapes import on_meta
 from flatlora_diffusion.memory.estimate import estimate_memory
 from flatlora_diffusion.memory.meta_allocator import AsOnGpu, LiveBytes
 from flatlora_diffusion.method import layers, low_rank_draw
@@ -23,7 +24,6 @@ from flatlora_diffusion.method.build import step_gradient
 from flatlora_diffusion.method.gradient import GradientInputs
 from flatlora_diffusion.method.rivals import sam, weight_gradients
 from flatlora_diffusion.method.rivals.weight_gradients import read_weight_gradients
-from flatlora_diffusion.sdxl.shapes import on_meta
 
 META = torch.device("meta")
 IMAGES, SIDE = 2, 32  # of the latents

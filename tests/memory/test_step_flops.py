@@ -14,7 +14,7 @@ from flatlora_diffusion.compare.evidence import options_of
 from flatlora_diffusion.compare.evidence_defaults import DEFAULTS, PARTS
 from flatlora_diffusion.compare.experiment import read_experiment
 from flatlora_diffusion.config import EvidenceConfig, ModelConfig, TrainConfig, preset_file
-from flatlora_diffusion.sdxl.shapes import on_meta
+from flatlora_diffusion.families.sdxl.shapes import on_meta
 
 ROOT = Path(__file__).parents[2]
 SHARE = 0.4  # of a card's peak

@@ -268,7 +268,7 @@ def test_the_draws_of_one_device_are_those_of_earlier_versions(equal_layers: lis
 
 def test_factors_and_norms_of_all_layers_of_sdxl_take_14_3_mb() -> None:
     from flatlora_diffusion.adapter.lora import add_lora
-    from flatlora_diffusion.sdxl.shapes import on_meta
+    from flatlora_diffusion.families.sdxl.shapes import on_meta
 
     unet = on_meta(ModelConfig(pretrained_model_name_or_path="stabilityai/stable-diffusion-xl-base-1.0"), "unet")
     add_lora(unet, AdapterConfig(), seed=0)

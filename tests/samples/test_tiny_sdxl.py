@@ -19,8 +19,8 @@ from flatlora_diffusion.config import SAMPLES, ModelConfig, TrainConfig
 from flatlora_diffusion.data.dataset import load_samples, metadata_rows
 from flatlora_diffusion.evaluation.judge import load_judge, rank_names, rank_of
 from flatlora_diffusion.evaluation.probe import fixed_probe, probe_loss
-from flatlora_diffusion.sdxl.objective import Objective
-from flatlora_diffusion.sdxl.pipeline import Sdxl, load_sdxl
+from flatlora_diffusion.families.sdxl.objective import SdxlObjective
+from flatlora_diffusion.families.sdxl.pipeline import Sdxl, load_sdxl
 from flatlora_diffusion.storage.rng import generator
 from flatlora_diffusion.training.trainer import train
 from samples.tiny_sdxl.recipe.icons import load_3d
@@ -56,7 +56,7 @@ def loss_with(tiny: Sdxl, captions: list[str]) -> float:
     """The base's denoising loss on those icons, two draws each, if these were their captions."""
     samples = load_samples(SAMPLES / "icons_flat").samples
     asked = [replace(sample, caption=text) for sample, text in zip(samples, captions, strict=True)]
-    return probe_loss(tiny.unet, Objective(tiny.scheduler), fixed_probe(tiny, asked, 64, seed=0, draws=2))
+    return probe_loss(tiny.denoiser, SdxlObjective(tiny.scheduler), fixed_probe(tiny, asked, 64, seed=0, draws=2))
 
 
 @pytest.fixture(scope="module")
@@ -177,7 +177,7 @@ def test_training_on_3d_icons_makes_held_out_ones_more_likely(tiny: Sdxl, tmp_pa
     )
     samples = load_samples(HELD_OUT).samples
     sets = {"heldout": ImageSet(samples, [UNGROUPED] * len(samples))}
-    evaluator = LossEvaluator(tiny, Objective(tiny.scheduler), sets, 64, tmp_path / "kept")
+    evaluator = LossEvaluator(tiny, SdxlObjective(tiny.scheduler), sets, 64, tmp_path / "kept")
     base, trained = (evaluator.losses(file)["heldout"][UNGROUPED] for file in (None, lora))
     assert trained < 0.99 * base
 

@@ -14,8 +14,8 @@ from flatlora_diffusion.config import ConfigError, DataConfig, ModelConfig
 from flatlora_diffusion.data.sources import load_hf_dataset
 from flatlora_diffusion.evaluation.captioner import load_captioner
 from flatlora_diffusion.evaluation.encoders import load_encoder
-from flatlora_diffusion.sdxl.loading import load_pipeline
-from flatlora_diffusion.sdxl.single_file import save_single_file
+from flatlora_diffusion.families.sdxl.loading import load_pipeline
+from flatlora_diffusion.families.sdxl.single_file import save_single_file
 from flatlora_diffusion.storage.hub_errors import loading_failure
 
 FOR_PROGRAMMERS = ("local_files_only", "=False", "True", "stacktrace", "snapshot", "OfflineMode", "pip install")

@@ -13,7 +13,6 @@ from flatlora_diffusion.config import ConfigError, StoppedError, TrainConfig
 from flatlora_diffusion.data.sources import hold_out, load_training_set
 from flatlora_diffusion.evaluation.finished_runs import check_images, read_runs
 from flatlora_diffusion.evaluation.probe import fixed_probe, probe_loss
-from flatlora_diffusion.sdxl.objective import Objective
 from flatlora_diffusion.storage.run_dir import LORA_FILE, RunDir
 from flatlora_diffusion.training import holdout as holdout
 from flatlora_diffusion.training.checkpoint import best_step
@@ -68,8 +67,8 @@ def test_the_loss_is_that_of_the_images_that_are_not_trained_on(watched: TrainCo
     assert [row["id"] for row in rows if "is_held_out" not in row] == [sample.id for sample in ours]
     assert [row["id"] for row in rows if row.get("is_held_out")] == [sample.id for sample in theirs]
     state = prepare(watched, ours)
-    probe = fixed_probe(state.sdxl, theirs, 32, seed=0)
-    before = probe_loss(state.sdxl.unet, Objective(state.sdxl.scheduler), probe)
+    probe = fixed_probe(state.base, theirs, 32, seed=0)
+    before = probe_loss(state.base.denoiser, state.base.objective(), probe)
     (loss,) = run.holdout_losses().values()
     assert loss == pytest.approx(before, rel=0.05)
     assert loss != before

@@ -14,8 +14,8 @@ from fake_hub import OWNER, FakeHub, fake_hub
 from PIL import Image
 
 from flatlora_diffusion.config import ConfigError, RunError, TrainConfig
+from flatlora_diffusion.families.sdxl.labels import SDXL_LABELS
 from flatlora_diffusion.lora_files.metadata import TrainingSummary
-from flatlora_diffusion.sdxl.family import SDXL_FAMILY
 from flatlora_diffusion.storage.run_dir import RunDir
 from flatlora_diffusion.training.hub import hub_files, hub_repository, push_to_hub
 from flatlora_diffusion.training.model_card import write_model_card
@@ -24,7 +24,7 @@ ROOT = Path(__file__).parents[2]
 TOKEN = "hf_thisIsASecret123"
 LORA = "pytorch_lora_weights.safetensors"
 SENT = {LORA, "pytorch_lora_weights_emb.safetensors", "README.md", "images/final-0.png", "images/final-1.png"}
-FACTS = TrainingSummary(None, SDXL_FAMILY, 2, 1, 2, 0, "TOK", predicts_v=False, zero_terminal_snr=False)
+FACTS = TrainingSummary(None, SDXL_LABELS, 2, 1, 2, 0, "TOK", predicts_v=False, zero_terminal_snr=False)
 PUSH = """
 import json, sys
 from pathlib import Path

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from diffusers import DDPMScheduler
 from PIL import Image
 from safetensors.torch import load_file
 from tiny_runs import samples_of
@@ -16,7 +17,7 @@ from flatlora_diffusion.config import TrainConfig
 from flatlora_diffusion.data.dataset import load_samples
 from flatlora_diffusion.storage.run_dir import RunDir
 from flatlora_diffusion.training import image_losses
-from flatlora_diffusion.training.image_losses import ImageLosses, image_noise, stratified_timesteps
+from flatlora_diffusion.training.image_losses import ImageLosses, image_noise, stratified_shares
 from flatlora_diffusion.training.state import prepare
 from flatlora_diffusion.training.trainer import train
 
@@ -63,16 +64,16 @@ def test_a_loss_is_the_squared_error_of_the_predicted_noise(measured: TrainConfi
     run = RunDir(train(measured.replace(max_train_steps=1)).parent)
     (sample,) = load_samples(tmp_path / "square", "an icon of thing 0").samples
     state = prepare(measured, [sample])
-    pipeline = state.sdxl.pipeline
+    pipeline, scheduler = state.base.pipeline, DDPMScheduler.from_config(state.base.pipeline.scheduler.config)
     pixels = pipeline.image_processor.preprocess(picture)
-    timesteps = stratified_timesteps(3, 1000)
+    timesteps = (stratified_shares(3) * 1000).long()
     assert (timesteps // 334).tolist() == [0, 1, 2], "one in each third"
     with torch.no_grad():
         vae = pipeline.vae.config
         mean, std = (torch.tensor(values).view(1, 4, 1, 1) for values in (vae.latents_mean, vae.latents_std))
         latents = (pipeline.vae.encode(pixels).latent_dist.mean - mean) * vae.scaling_factor / std
         noise = image_noise(sample, 3, latents.shape[1:])
-        noisy = state.sdxl.scheduler.add_noise(latents.expand(3, -1, -1, -1), noise, timesteps)
+        noisy = scheduler.add_noise(latents.expand(3, -1, -1, -1), noise, timesteps)
         ids = torch.tensor([[32.0, 32, 0, 0, 32, 32]] * 3)
         for event, prompt in (("losses", sample.caption), ("without_caption", "")):
             embeds, _, pooled, _ = pipeline.encode_prompt(prompt, do_classifier_free_guidance=False)

@@ -20,8 +20,8 @@ from flatlora_diffusion.adapter.layers import lora_layers
 from flatlora_diffusion.adapter.lora import add_lora
 from flatlora_diffusion.adapter.new_tokens import add_tokens, embedding_parameters, save_embeddings
 from flatlora_diffusion.config import METHODS, AdapterConfig, TokenConfig, TrainConfig
+from flatlora_diffusion.families.sdxl.labels import SDXL_LABELS
 from flatlora_diffusion.lora_files.metadata import TrainingSummary, sidecar, training_comment
-from flatlora_diffusion.sdxl.family import SDXL_FAMILY
 from flatlora_diffusion.storage.run_dir import RunDir
 from flatlora_diffusion.training.model_card import usage_code, write_model_card
 
@@ -47,7 +47,7 @@ def config(**settings: Any) -> TrainConfig:
 
 def facts(trigger: str = "TOK", step: int = 500, class_images: int = 0) -> TrainingSummary:
     return TrainingSummary(
-        None, SDXL_FAMILY, step, 1, 2, class_images, trigger, predicts_v=False, zero_terminal_snr=False
+        None, SDXL_LABELS, step, 1, 2, class_images, trigger, predicts_v=False, zero_terminal_snr=False
     )
 
 

@@ -14,7 +14,7 @@ from tiny_runs import samples_of
 
 from flatlora_diffusion.config import ConfigError, TrainConfig
 from flatlora_diffusion.evaluation.probe import fixed_probe, probe_loss
-from flatlora_diffusion.sdxl.objective import objective_of
+from flatlora_diffusion.families.sdxl.objective import SdxlObjective
 from flatlora_diffusion.storage.hashing import DrawHash
 from flatlora_diffusion.storage.run_dir import RunDir
 from flatlora_diffusion.training.micro_batches import micro_batches
@@ -56,7 +56,7 @@ def test_each_setting_of_the_objective_changes_the_first_loss(config: TrainConfi
         {"min_timestep": 900},
         {"max_timestep": 100},
     ):
-        objective = objective_of(config.replace(**settings).objective, state.sdxl.scheduler)
+        objective = state.base.objective(config.replace(**settings).objective)
         with torch.no_grad():
             losses[str(settings)] = float(
                 next(micro_batches(replace(state, objective=objective), 0, DrawHash())).loss()
@@ -75,10 +75,11 @@ def test_a_base_with_an_edm_scheduler_is_trained_with_its_own_objective(
     pipeline.save_pretrained(folder)
     edm = config.replace(pretrained_model_name_or_path=str(folder), validation_prompt="x", num_validation_images=1)
     state = prepare(edm, samples_of(config))
+    assert isinstance(state.objective, SdxlObjective)
     assert state.objective.edm
     path = train(edm.replace(validation_data_dir=config.data.instance_data_dir))
     losses = [event["loss"] for event in RunDir(path.parent).events() if event["event"] == "validation"]
-    probe = fixed_probe(state.sdxl, samples_of(config), 32, seed=0)
-    assert losses[0] == pytest.approx(probe_loss(state.sdxl.unet, state.objective, probe))
+    probe = fixed_probe(state.base, samples_of(config), 32, seed=0)
+    assert losses[0] == pytest.approx(probe_loss(state.base.denoiser, state.objective, probe))
     with pytest.raises(ConfigError, match="--snr_gamma does not fit this base"):
         train(edm.replace(snr_gamma=5.0))

@@ -109,7 +109,7 @@ def test_lora_plus_lets_each_b_learn_so_many_times_as_fast_as_its_a(config: Trai
 def test_lora_plus_has_the_learning_rates_that_peft_gives(config: TrainConfig) -> None:
     settings = config.replace(lora_plus_ratio=16.0, lora_target_modules="conv")
     state = prepare(settings, samples_of(config))
-    unet = state.sdxl.unet
+    unet = state.base.denoiser
     theirs = create_loraplus_optimizer(unet, torch.optim.AdamW, lr=settings.optim.learning_rate, loraplus_lr_ratio=16)
     rates, expected = (
         {id(parameter): group["lr"] for group in optimizer.param_groups for parameter in group["params"]}

@@ -14,8 +14,9 @@ from tiny_runs import samples_of
 from flatlora_diffusion.adapter.new_tokens import replace_placeholders
 from flatlora_diffusion.config import TrainConfig
 from flatlora_diffusion.evaluation.probe import fixed_probe, probe_loss
-from flatlora_diffusion.sdxl.objective import Objective
-from flatlora_diffusion.sdxl.sampling import eval_on_unet_device
+from flatlora_diffusion.families.sampling import eval_on_denoiser_device
+from flatlora_diffusion.families.sdxl.objective import SdxlObjective
+from flatlora_diffusion.families.sdxl.pipeline import Sdxl
 from flatlora_diffusion.storage.run_dir import RunDir
 from flatlora_diffusion.training.previews import Previews
 from flatlora_diffusion.training.state import prepare
@@ -27,8 +28,8 @@ def test_heldout_loss_is_logged_with_the_previews(config: TrainConfig, icons: Pa
     events = [event for event in RunDir(path.parent).events() if event["event"] == "validation"]
     assert [event["step"] for event in events] == [0, 2, 3]
     state = prepare(config, samples_of(config))
-    probe = fixed_probe(state.sdxl, samples_of(config), 32, seed=0)
-    assert events[0]["loss"] == pytest.approx(probe_loss(state.sdxl.unet, Objective(state.sdxl.scheduler), probe))
+    probe = fixed_probe(state.base, samples_of(config), 32, seed=0)
+    assert events[0]["loss"] == pytest.approx(probe_loss(state.base.denoiser, state.base.objective(), probe))
     assert events[-1]["loss"] != events[0]["loss"]
 
 
@@ -39,7 +40,7 @@ def test_heldout_loss_is_that_of_what_is_trained(config: TrainConfig, icons: Pat
     path = train(config.replace(validation_data_dir=str(icons), max_train_steps=1, **settings))
     (event, *_) = [event for event in RunDir(path.parent).events() if event["event"] == "validation"]
     predicted = settings.get("prediction_type")
-    plain = prepare(config.replace(prediction_type=predicted), samples_of(config)).sdxl
+    plain = prepare(config.replace(prediction_type=predicted), samples_of(config)).base
     probe = fixed_probe(plain, samples_of(config), 32, seed=0)
     asked = plain.pipeline.encode_prompt(
         [sample.caption for sample in samples_of(config)],
@@ -47,10 +48,12 @@ def test_heldout_loss_is_that_of_what_is_trained(config: TrainConfig, icons: Pat
         clip_skip=settings.get("clip_skip"),
     )
     prompts, pooled = (asked[index].repeat_interleave(probe.draws, dim=0) for index in (0, 2))
-    other = replace(probe, batch=replace(probe.batch, prompt_embeds=prompts, pooled_prompt_embeds=pooled))
-    objective = Objective(plain.scheduler, edm="do_edm_style_training" in settings)
-    assert event["loss"] == pytest.approx(probe_loss(plain.unet, objective, other))
-    assert event["loss"] != pytest.approx(probe_loss(plain.unet, Objective(plain.scheduler), probe), rel=1e-4)
+    embeds = {"prompt_embeds": prompts, "pooled_prompt_embeds": pooled}
+    other = replace(probe, batch=replace(probe.batch, prompts=embeds))
+    assert isinstance(plain, Sdxl)
+    objective = SdxlObjective(plain.scheduler, edm="do_edm_style_training" in settings)
+    assert event["loss"] == pytest.approx(probe_loss(plain.denoiser, objective, other))
+    assert event["loss"] != pytest.approx(probe_loss(plain.denoiser, SdxlObjective(plain.scheduler), probe), rel=1e-4)
 
 
 @pytest.mark.parametrize("trained_text", ["train_text_encoder", "train_text_encoder_ti"])
@@ -64,9 +67,9 @@ def test_heldout_loss_is_that_of_the_trained_text_encoders(config: TrainConfig, 
     state.run.folder.mkdir()
     previews = Previews(state)
     for step in range(2):
-        with eval_on_unet_device(state.sdxl):
-            probe = fixed_probe(state.sdxl, samples, 32, seed=0)
-        expected = probe_loss(state.sdxl.unet, Objective(state.sdxl.scheduler), probe)
+        with eval_on_denoiser_device(state.base):
+            probe = fixed_probe(state.base, samples, 32, seed=0)
+        expected = probe_loss(state.base.denoiser, state.base.objective(), probe)
         previews.make("now", step)
         assert state.run.events()[-1]["loss"] == pytest.approx(expected, rel=1e-6)
         train_step(state, step)

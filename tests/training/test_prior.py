@@ -11,8 +11,9 @@ from tiny_runs import samples_of
 from torch import Tensor
 
 from flatlora_diffusion.config import ConfigError, TrainConfig
-from flatlora_diffusion.sdxl.objective import Batch, diffusion_loss, sample_noise
-from flatlora_diffusion.sdxl.pipeline import Sdxl, encode_prompts
+from flatlora_diffusion.families.batch import Batch
+from flatlora_diffusion.families.objective import diffusion_loss
+from flatlora_diffusion.families.sdxl.pipeline import Sdxl
 from flatlora_diffusion.storage.rng import generator
 from flatlora_diffusion.training.micro_batches import prior_loss
 from flatlora_diffusion.training.state import TrainState, prepare
@@ -28,7 +29,7 @@ def drawn(state: TrainState) -> tuple[Batch, Tensor, Tensor]:
     """The first micro-batch with the trainer's draws."""
     batch = state.batches.batch(0, 0)
     rng = generator(batch.latents.device, state.batches.seed, "diffusion", 0, 0)
-    return batch, *sample_noise(state.objective, batch.latents, rng)
+    return batch, *state.objective.draw(batch.latents, rng)
 
 
 def prior_of(state: TrainState, batch: Batch, noise: Tensor, timesteps: Tensor) -> Tensor:
@@ -43,10 +44,10 @@ def move_lora(state: TrainState) -> None:
             weight.copy_(0.3 * torch.randn(weight.shape, generator=rng))
 
 
-def asked_by_hand(sdxl: Sdxl, unet: Any, batch: Batch, noise: Tensor, timesteps: Tensor) -> Tensor:
-    prompts, pooled = (part.expand(len(noise), *part.shape[1:]) for part in encode_prompts(sdxl, ["a thing"]))
+def asked_by_hand(sdxl: Any, unet: Any, batch: Batch, noise: Tensor, timesteps: Tensor) -> Tensor:
+    prompts, pooled = (part.expand(len(noise), *part.shape[1:]) for part in sdxl.encode_prompts(["a thing"]).values())
     noisy = sdxl.scheduler.add_noise(batch.latents, noise, timesteps)
-    added = {"text_embeds": pooled, "time_ids": batch.add_time_ids}
+    added = {"text_embeds": pooled, "time_ids": batch.geometry["add_time_ids"]}
     output: Tensor = unet(noisy, timesteps, prompts, added_cond_kwargs=added).sample
     return output
 
@@ -72,9 +73,9 @@ def test_it_is_the_squared_error_to_the_base_without_lora_and_without_eps(
         for flat in state.flats:
             stack.enter_context(flat.perturb(0, 0, sigma=sigma))
         loss = prior_of(state, *draws)
-        mine = asked_by_hand(sdxl, state.sdxl.unet, *draws)
+        mine = asked_by_hand(sdxl, state.base.denoiser, *draws)
     with torch.no_grad():
-        of_base = asked_by_hand(sdxl, sdxl.unet, *draws)
+        of_base = asked_by_hand(sdxl, sdxl.denoiser, *draws)
     torch.testing.assert_close(loss, 0.5 * (mine - of_base).square().mean())
     assert float(loss) > 1e-4
 
@@ -85,8 +86,8 @@ def test_trained_text_encoders_are_held_to_what_they_were(config: TrainConfig, s
     draws = drawn(state)
     with torch.no_grad():
         loss = prior_of(state, *draws)
-        mine = asked_by_hand(state.sdxl, state.sdxl.unet, *draws)
-        of_base = asked_by_hand(sdxl, sdxl.unet, *draws)
+        mine = asked_by_hand(state.base, state.base.denoiser, *draws)
+        of_base = asked_by_hand(sdxl, sdxl.denoiser, *draws)
     torch.testing.assert_close(loss, 0.5 * (mine - of_base).square().mean())
 
 

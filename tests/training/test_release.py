@@ -27,11 +27,11 @@ from flatlora_diffusion.adapter import delta as lora_update
 from flatlora_diffusion.adapter.delta import shared_path
 from flatlora_diffusion.config import ConfigError, RunError, TrainConfig
 from flatlora_diffusion.data.dataset import load_samples, shared_words
+from flatlora_diffusion.families.device import DTYPES
+from flatlora_diffusion.families.sdxl.lora_names import kohya_name
 from flatlora_diffusion.lora_files import export_pair
-from flatlora_diffusion.lora_files.kohya import kohya_name
 from flatlora_diffusion.lora_files.metadata import portable_base_name
 from flatlora_diffusion.lora_files.writing import save_kohya
-from flatlora_diffusion.sdxl.device import DTYPES
 from flatlora_diffusion.storage.run_dir import KOHYA_COPY, LORA_FILE, RunDir
 from flatlora_diffusion.training import checkpoint
 from flatlora_diffusion.training.export_lora import save_lora
@@ -64,7 +64,7 @@ def moved(config: TrainConfig, size: float = 1.0) -> TrainState:
     state = prepare(config, load_samples(Path(str(config.data.instance_data_dir))).samples)
     checkpoint.start_run(state)
     for part in ("unet", "text_encoder", "text_encoder_2"):
-        for index, layer in enumerate(lora_layers(getattr(state.sdxl.pipeline, part)).values()):
+        for index, layer in enumerate(lora_layers(getattr(state.base.pipeline, part)).values()):
             weight, rng = layer.lora_B["default"].weight, torch.Generator().manual_seed(index)
             # s B A is comparable with W in each layer.
             scale = float(layer.get_base_layer().weight.std()) / layer.scaling["default"]
@@ -111,7 +111,7 @@ def test_a_stock_pipeline_computes_what_was_trained_from_either_file(
 ) -> None:
     state = moved(config.replace(**VARIANTS[name], save_dtype=dtype))
     proof = save_lora(state, state.run.folder, step=2)
-    trained, plain = outputs(state.sdxl.pipeline), outputs(stock(base))
+    trained, plain = outputs(state.base.pipeline), outputs(stock(base))
     effects = apart(plain, trained)
     assert min(effects[: 3 if state.config.adapter.train_text_encoder else 1]) > 0.1, "a no-op could pass"
     assert proof["files"] == ["my-icons.safetensors", LORA_FILE]
@@ -133,13 +133,13 @@ def test_diffusers_restores_it_without_its_metadata_too(config: TrainConfig, bas
     save_lora(state, state.run.folder, step=2)
     path = state.run.folder / "bare.safetensors"
     save_file(load_file(state.run.folder / LORA_FILE), path, {"format": "pt"})
-    assert max(apart(outputs(stock(base, path)), outputs(state.sdxl.pipeline))) < 1e-5
+    assert max(apart(outputs(stock(base, path)), outputs(state.base.pipeline))) < 1e-5
 
 
 def test_dora_is_exact_for_diffusers_and_a_plain_lora_for_others(config: TrainConfig, base: Path) -> None:
     state = moved(config.replace(use_dora=True, lora_alpha=8))
     proof = save_lora(state, state.run.folder, step=2)
-    trained, plain = outputs(state.sdxl.pipeline)[0], outputs(stock(base))[0]
+    trained, plain = outputs(state.base.pipeline)[0], outputs(stock(base))[0]
     assert float((plain - trained).norm() / trained.norm()) > 0.1
     exact = outputs(stock(base, state.run.folder / LORA_FILE))[0]
     assert float((exact - trained).norm() / trained.norm()) < 2e-3
@@ -179,8 +179,8 @@ def test_the_arithmetic_of_the_file(config: TrainConfig, name: str) -> None:
     tensors = load_file(state.run.folder / "my-icons.safetensors")
     seen = set()
     for part in ("unet", "text_encoder", "text_encoder_2"):
-        for path, layer in lora_layers(getattr(state.sdxl.pipeline, part)).items():
-            module = kohya_name(part, shared_path(part, path), state.sdxl.unet.config.layers_per_block)
+        for path, layer in lora_layers(getattr(state.base.pipeline, part)).items():
+            module = kohya_name(part, shared_path(part, path), state.base.denoiser.config.layers_per_block)
             down, up, alpha = (
                 tensors[f"{module}.{x}"].float() for x in ("lora_down.weight", "lora_up.weight", "alpha")
             )
@@ -294,7 +294,7 @@ def test_a_wrong_file_would_be_seen(
     path = state.run.folder / "my-icons.safetensors"
     save_file(damage(load_file(path)), path)
     try:
-        errors = apart(outputs(stock(base, path)), outputs(state.sdxl.pipeline))
+        errors = apart(outputs(stock(base, path)), outputs(state.base.pipeline))
     except (RuntimeError, IndexError):  # for shapes that do not fit, and names that diffusers cannot parse
         assert damage is not without_alphas
         return
@@ -322,7 +322,7 @@ def test_a_disk_that_stores_something_else_is_noticed(config: TrainConfig, monke
 
 def test_a_lora_that_is_not_finite_is_refused(config: TrainConfig) -> None:
     state = moved(config)
-    next(iter(lora_layers(state.sdxl.unet).values())).lora_B["default"].weight.data[0, 0] = float("inf")
+    next(iter(lora_layers(state.base.denoiser).values())).lora_B["default"].weight.data[0, 0] = float("inf")
     with pytest.raises(RunError, match=r"unet\.down_blocks.*--learning_rate"):
         save_lora(state, state.run.folder, step=2)
     assert not (state.run.folder / "my-icons.safetensors").exists()

@@ -95,7 +95,7 @@ def test_all_that_is_built_has_the_settled_config(base: Path, icons: Path, tmp_p
     assert state.batches.config is state.config
     assert all(state.config.to_dict()[name] is not None for name in settings_with("is_resolved"))
     assert state.total_steps == state.config.optim.max_train_steps == 3 * state.batches.schedule.steps_per_epoch
-    assert state.batches.resolution == state.sdxl.resolution
+    assert state.batches.resolution == state.base.resolution
 
 
 @pytest.mark.parametrize("length", [{"num_train_epochs": 4, "max_train_steps": None}, {"max_train_steps": 4}], ids=str)

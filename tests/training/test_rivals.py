@@ -190,7 +190,7 @@ def test_a_stock_pipeline_on_the_original_base_computes_what_was_trained(
     stock = StableDiffusionXLPipeline.from_pretrained(base)
     plain = output_with(stock, run)
     stock.load_lora_weights(tmp_path / LORA_FILE)
-    pipeline = run.sdxl.pipeline.to(torch.float32)
+    pipeline = run.base.pipeline.to(torch.float32)
     expected = output_with(pipeline, run)
     effect = float((expected - plain).abs().max())
     assert effect > 1e-3
@@ -200,15 +200,15 @@ def test_a_stock_pipeline_on_the_original_base_computes_what_was_trained(
 
 @pytest.mark.parametrize("run", [name for name in CELLS if name.endswith(" full")], indirect=True)
 def test_full_fine_tuning_leaves_a_pipeline_that_computes_what_was_trained(run: TrainState, tmp_path: Path) -> None:
-    save_merged(run.sdxl.pipeline, tmp_path)
+    save_merged(run.base.pipeline, tmp_path)
     stock = StableDiffusionXLPipeline.from_pretrained(tmp_path)
-    torch.testing.assert_close(output_with(stock, run), output_with(run.sdxl.pipeline, run), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(output_with(stock, run), output_with(run.base.pipeline, run), rtol=1e-4, atol=1e-4)
 
 
 def test_the_base_is_never_written(run: TrainState, base: Path) -> None:
-    of_file = StableDiffusionXLPipeline.from_pretrained(base).unet.to(run.sdxl.unet.dtype)
+    of_file = StableDiffusionXLPipeline.from_pretrained(base).unet.to(run.base.denoiser.dtype)
     modules = dict(of_file.named_modules())
-    for name, layer in lora_layers(run.sdxl.unet).items():
+    for name, layer in lora_layers(run.base.denoiser).items():
         assert torch.equal(layer.get_base_layer().weight, modules[name].weight), name
 
 

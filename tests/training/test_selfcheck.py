@@ -13,9 +13,9 @@ from tiny_runs import samples_of, trained
 from flatlora_diffusion.adapter.layers import lora_layers
 from flatlora_diffusion.commands import doctor
 from flatlora_diffusion.config import TrainConfig
+from flatlora_diffusion.families.sdxl.random_base import random_sdxl
 from flatlora_diffusion.memory.estimate import GIB, estimate_memory
 from flatlora_diffusion.method.full_draw import FullDraw
-from flatlora_diffusion.sdxl.random_base import random_sdxl
 from flatlora_diffusion.storage.hashing import DrawHash
 from flatlora_diffusion.storage.run_dir import RunDir
 from flatlora_diffusion.training import selfcheck
@@ -81,7 +81,7 @@ def test_what_is_wrong_is_told_and_the_run_goes_on(
     step = selfcheck.SelfCheck.step_done
 
     def writes_the_base(self: selfcheck.SelfCheck, *args: float) -> None:
-        weight = next(parameter for parameter in self._state.sdxl.unet.parameters() if not parameter.requires_grad)
+        weight = next(parameter for parameter in self._state.base.denoiser.parameters() if not parameter.requires_grad)
         with torch.no_grad():
             weight.add_(1e-3)
         step(self, *args)
@@ -141,7 +141,7 @@ def test_once_is_once_for_each_version_and_device(config: TrainConfig, monkeypat
 
 
 def test_one_changed_bit_of_a_frozen_weight_is_seen(config: TrainConfig) -> None:
-    unet = prepare(config, samples_of(config)).sdxl.unet
+    unet = prepare(config, samples_of(config)).base.denoiser
     before = hash_frozen_weights([unet])
     weight = next(parameter for parameter in unet.parameters() if not parameter.requires_grad).data
     weight.view(torch.int32).flatten()[3] ^= 1

@@ -13,7 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from flatlora_diffusion.adapter.layers import lora_layers
 from flatlora_diffusion.config import ConfigError, TrainConfig
-from flatlora_diffusion.sdxl.pipeline import Sdxl
+from flatlora_diffusion.families.sdxl.pipeline import Sdxl
 from flatlora_diffusion.training.checkpoint import load_state, save_state
 from flatlora_diffusion.training.state import check_distribution, prepare, set_backends
 from flatlora_diffusion.training.trainer import train_step
@@ -21,8 +21,8 @@ from flatlora_diffusion.training.trainer import train_step
 
 def test_sdxl_is_a_frozen_base(config: TrainConfig) -> None:
     state = prepare(config, samples_of(config))
-    assert isinstance(state.sdxl, Sdxl)
-    pipeline, trained = state.sdxl.pipeline, {id(parameter) for parameter in state.trainable.values()}
+    assert isinstance(state.base, Sdxl)
+    pipeline, trained = state.base.pipeline, {id(parameter) for parameter in state.trainable.values()}
     for part in (pipeline.unet, pipeline.vae, pipeline.text_encoder, pipeline.text_encoder_2):
         learns = {name: id(p) in trained for name, p in part.named_parameters() if p.requires_grad}
         assert all(learns.values())
@@ -34,10 +34,10 @@ def test_a_resumed_dora_on_a_half_precision_base_stands_where_it_stood(config: T
     dora = config.replace(use_dora=True, learning_rate=0.0, mixed_precision="bf16")
     save_state(trained(dora, 1), tmp_path, 1)
     again = prepare(dora, samples_of(config))
-    for layer in lora_layers(again.sdxl.unet).values():
+    for layer in lora_layers(again.base.denoiser).values():
         layer.lora_magnitude_vector["default"].weight.data.zero_()
     assert load_state(again, tmp_path) == 1
-    for name, layer in lora_layers(again.sdxl.unet).items():
+    for name, layer in lora_layers(again.base.denoiser).items():
         norms = layer.get_base_layer().weight.float().norm(dim=1)
         magnitude = layer.lora_magnitude_vector["default"].weight
         torch.testing.assert_close(magnitude, norms, rtol=1e-6, atol=0, msg=name)
@@ -46,11 +46,11 @@ def test_a_resumed_dora_on_a_half_precision_base_stands_where_it_stood(config: T
 def test_a_base_in_fp32_is_rounded_after_eps_was_added_and_not_before(config: TrainConfig) -> None:
     config = config.replace(mixed_precision="bf16", sigma=0.1, perturb_draw="full")
     half, whole = (prepare(config.replace(base_dtype=dtype), samples_of(config)) for dtype in (None, "fp32"))
-    frozen = [layer.get_base_layer().weight.dtype for layer in lora_layers(whole.sdxl.unet).values()]
+    frozen = [layer.get_base_layer().weight.dtype for layer in lora_layers(whole.base.denoiser).values()]
     assert set(frozen) == {torch.float32}
-    assert {part.dtype for part in (whole.sdxl.unet, whole.sdxl.pipeline.text_encoder)} == {torch.float32}
-    assert half.sdxl.unet.dtype == torch.bfloat16
-    name, layer = next(iter(lora_layers(whole.sdxl.unet).items()))
+    assert {part.dtype for part in (whole.base.denoiser, whole.base.pipeline.text_encoder)} == {torch.float32}
+    assert half.base.denoiser.dtype == torch.bfloat16
+    name, layer = next(iter(lora_layers(whole.base.denoiser).items()))
     weight, inputs = layer.get_base_layer().weight, torch.eye(layer.in_features)
     eps = whole.flats[0].noise(name, step=5).float()
     with whole.flats[0].perturb(step=5), torch.autocast("cpu", torch.bfloat16), torch.no_grad():

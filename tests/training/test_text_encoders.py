@@ -13,9 +13,9 @@ from tiny_runs import samples_of
 
 from flatlora_diffusion.adapter.new_tokens import embedding_parameters
 from flatlora_diffusion.config import ConfigError, TrainConfig
+from flatlora_diffusion.families.objective import sample_losses
+from flatlora_diffusion.families.sdxl.pipeline import Sdxl, load_sdxl
 from flatlora_diffusion.lora_files.loading import embedding_files
-from flatlora_diffusion.sdxl.objective import sample_losses
-from flatlora_diffusion.sdxl.pipeline import Sdxl, load_sdxl
 from flatlora_diffusion.storage.run_dir import LORA_FILE
 from flatlora_diffusion.training.state import prepare
 from flatlora_diffusion.training.trainer import train, train_step
@@ -23,7 +23,7 @@ from flatlora_diffusion.training.trainer import train, train_step
 
 def test_text_encoders_are_trained_perturbed_and_left_alone_underneath(config: TrainConfig) -> None:
     state = prepare(config.replace(train_text_encoder=True), samples_of(config))
-    encoders = [state.sdxl.pipeline.text_encoder, state.sdxl.pipeline.text_encoder_2]
+    encoders = [state.base.pipeline.text_encoder, state.base.pipeline.text_encoder_2]
     frozen = [{n: p.detach().clone() for n, p in e.named_parameters() if not p.requires_grad} for e in encoders]
     before = {name: value.detach().clone() for name, value in state.trainable.items()}
     assert len(state.flats) == 3
@@ -85,13 +85,13 @@ def test_pivotal_tuning_trains_embeddings_for_its_share_of_the_run(config: Train
 def test_pivotal_tuning_pulls_the_spread_of_its_embeddings_after_each_step(config: TrainConfig) -> None:
     still = config.replace(train_text_encoder_ti=True, instance_prompt="a TOK", text_encoder_lr=0.0, max_train_steps=4)
     state = prepare(still, samples_of(config))
-    for rows in embedding_parameters(state.sdxl.pipeline).values():
+    for rows in embedding_parameters(state.base.pipeline).values():
         rows.data *= 5
-    before = {part: rows.detach().clone() for part, rows in embedding_parameters(state.sdxl.pipeline).items()}
+    before = {part: rows.detach().clone() for part, rows in embedding_parameters(state.base.pipeline).items()}
     for step, times in ((0, 1), (1, 2), (2, 2)):  # the share of 0.5 is over after two steps
         train_step(state, step)
-        for part, rows in embedding_parameters(state.sdxl.pipeline).items():
-            table = getattr(state.sdxl.pipeline, part).get_input_embeddings().table.weight
+        for part, rows in embedding_parameters(state.base.pipeline).items():
+            table = getattr(state.base.pipeline, part).get_input_embeddings().table.weight
             excess = float(before[part].std() / table.std())
             expected = before[part] * excess ** (0.9**times - 1)
             torch.testing.assert_close(rows.detach(), expected, rtol=1e-4, atol=0)
@@ -111,6 +111,6 @@ def test_pivotal_tuning_learns_the_placeholder_of_the_captions(
         assert embedding_files(place / "run.safetensors") == embedding_files(place / LORA_FILE) == beside
     state = prepare(config.replace(train_text_encoder_ti=True, instance_data_dir=str(folder)), samples_of(config))
     for part, key in (("text_encoder", "clip_l"), ("text_encoder_2", "clip_g")):
-        start = getattr(state.sdxl.pipeline, part).get_input_embeddings().new.weight
+        start = getattr(state.base.pipeline, part).get_input_embeddings().new.weight
         assert rows[key].shape == start.shape
         assert bool((rows[key] != start).any(dim=1).all()), "a new token was never trained"

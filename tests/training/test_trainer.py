@@ -76,7 +76,15 @@ def test_lora_and_flat_lora_start_alike_and_see_the_same_draws(
         def recording(
             unet: Any, objective: Any, batch: Any, noise: Tensor, timesteps: Tensor, to: Any = draws
         ) -> Tensor:
-            to.append((batch.latents.clone(), batch.prompt_embeds.clone(), batch.add_time_ids, noise, timesteps))
+            to.append(
+                (
+                    batch.latents.clone(),
+                    batch.prompts["prompt_embeds"].clone(),
+                    batch.geometry["add_time_ids"],
+                    noise,
+                    timesteps,
+                )
+            )
             return plain_loss(unet, objective, batch, noise, timesteps)
 
         monkeypatch.setattr(micro_batches, "diffusion_loss", recording)
@@ -157,11 +165,11 @@ def test_trainable_weights_are_fp32_and_the_base_is_never_written(config: TrainC
     state = prepare(
         config.replace(mixed_precision=precision), load_samples(Path(str(config.data.instance_data_dir))).samples
     )
-    frozen = {name: p.detach().clone() for name, p in state.sdxl.unet.named_parameters() if not p.requires_grad}
+    frozen = {name: p.detach().clone() for name, p in state.base.denoiser.named_parameters() if not p.requires_grad}
     for step in range(2):
         train_step(state, step)
-    assert {p.dtype for p in trainable_parameters(state.sdxl.unet).values()} == {torch.float32}
-    for name, parameter in state.sdxl.unet.named_parameters():
+    assert {p.dtype for p in trainable_parameters(state.base.denoiser).values()} == {torch.float32}
+    for name, parameter in state.base.denoiser.named_parameters():
         if name in frozen:
             assert torch.equal(parameter, frozen[name]), name
     assert next(iter(frozen.values())).dtype == (torch.float32 if precision == "no" else torch.bfloat16)

@@ -22,12 +22,12 @@ from safetensors.torch import load_file, save_file
 
 from flatlora_diffusion.commands.command_line import main
 from flatlora_diffusion.config import ConfigError, GenerateConfig, ModelConfig, RunError
+from flatlora_diffusion.families.sampling import generate_images
+from flatlora_diffusion.families.sdxl.pipeline import Sdxl, load_sdxl
 from flatlora_diffusion.gallery.gallery import LoraRow, generate
 from flatlora_diffusion.gallery.grid import labelled_grid, wrapped
 from flatlora_diffusion.lora_files.loading import lora_scale, loras_loaded
 from flatlora_diffusion.lora_files.paths import LoraFile, parse_lora
-from flatlora_diffusion.sdxl.pipeline import Sdxl, load_sdxl
-from flatlora_diffusion.sdxl.sampling import generate_images
 
 FILE = "pytorch_lora_weights.safetensors"
 
@@ -154,7 +154,7 @@ def test_merged_draws_the_same(sdxl: Sdxl, style: Path, face: Path) -> None:
 
 
 def test_weights_come_back_bit_for_bit_after_an_error_while_merged(sdxl: Sdxl, style: Path) -> None:
-    query = sdxl.unet.down_blocks[1].attentions[0].transformer_blocks[0].attn1.to_q.weight
+    query = sdxl.denoiser.down_blocks[1].attentions[0].transformer_blocks[0].attn1.to_q.weight
     before = query.detach().clone()
 
     def interrupted() -> None:
@@ -216,7 +216,7 @@ def test_small_factors_keep_their_update_in_half_precision(base: Path, style: Pa
     save_file(small, tmp_path / "small.safetensors")
     half = load_sdxl(ModelConfig(pretrained_model_name_or_path=str(base)), torch.device("cpu"), torch.float16)
     with loras_loaded(half.pipeline, (LoraFile(tmp_path / "small.safetensors"),)):
-        query = half.unet.down_blocks[1].attentions[0].transformer_blocks[0].attn1.to_q
+        query = half.denoiser.down_blocks[1].attentions[0].transformer_blocks[0].attn1.to_q
         down, up = query.lora_A["lora_0"].weight.double(), query.lora_B["lora_0"].weight.double()
     name = "unet.down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q.lora_"
     expected = small[f"{name}B.weight"].double() @ small[f"{name}A.weight"].double()
@@ -314,7 +314,7 @@ def test_an_image_is_the_same_alone_and_among_others_and_alike_in_all_precisions
 def test_an_image_that_is_not_finite_is_black_and_told_with_its_prompt(
     sdxl: Sdxl, caplog: pytest.LogCaptureFixture, part: str, remedy: str, value: float
 ) -> None:
-    model = sdxl.unet.conv_out if part == "unet" else sdxl.vae.decoder
+    model = sdxl.denoiser.conv_out if part == "unet" else sdxl.vae.decoder
     with model.register_forward_hook(lambda _module, _inputs, output: output * value):
         (image,) = generate_images(sdxl, ["a fox"], [0], 32, steps=2)
         assert "'a fox'" in caplog.text
@@ -328,7 +328,7 @@ def test_an_image_that_is_not_finite_is_black_and_told_with_its_prompt(
 def test_a_unet_that_overflows_in_fp16_is_told_another_precision(base: Path, caplog: pytest.LogCaptureFixture) -> None:
     config = ModelConfig(pretrained_model_name_or_path=str(base))
     sdxl = load_sdxl(config, torch.device("cpu"), torch.float16)
-    sdxl.unet.conv_out.register_forward_hook(lambda _module, _inputs, output: output * 1e6)
+    sdxl.denoiser.conv_out.register_forward_hook(lambda _module, _inputs, output: output * 1e6)
     generate_images(sdxl, ["a fox"], [0], 32, steps=2)
     assert "float16: give another --mixed_precision, for class images --prior_generation_precision" in caplog.text
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from flatlora_diffusion.config import ConfigError, TrainConfig
-from flatlora_diffusion.sdxl import device
+from flatlora_diffusion.families import device
 from flatlora_diffusion.training import resolve_config
 from flatlora_diffusion.training.resolve_config import with_precision
 

@@ -16,10 +16,10 @@ from torch import Tensor
 from flatlora_diffusion.adapter.delta import Update
 from flatlora_diffusion.commands.command_line import main
 from flatlora_diffusion.config import ModelConfig, TrainConfig
+from flatlora_diffusion.families.paths import base_path
+from flatlora_diffusion.families.sdxl.labels import SDXL_LABELS, TINY_LABELS, labels_of
+from flatlora_diffusion.families.sdxl.shapes import on_meta
 from flatlora_diffusion.lora_files.kohya import kohya_tensors
-from flatlora_diffusion.sdxl.family import SDXL_FAMILY, TINY_FAMILY, family_of
-from flatlora_diffusion.sdxl.loading import base_path
-from flatlora_diffusion.sdxl.shapes import on_meta
 from flatlora_diffusion.training.trainer import train
 
 
@@ -52,9 +52,9 @@ def metadata(path: Path) -> dict[str, str]:
 
 
 def test_a_family_is_told_by_sizes(base: Path, renamed: Path) -> None:
-    for place, family in (("tiny", TINY_FAMILY), (str(renamed), TINY_FAMILY), (str(base), SDXL_FAMILY)):
-        assert family_of(on_meta(ModelConfig(pretrained_model_name_or_path=place), "unet")) == family
-    assert family_of(on_meta(ModelConfig(pretrained_model_name_or_path="some/sdxl"), "unet")) == SDXL_FAMILY
+    for place, family in (("tiny", TINY_LABELS), (str(renamed), TINY_LABELS), (str(base), SDXL_LABELS)):
+        assert labels_of(on_meta(ModelConfig(pretrained_model_name_or_path=place), "unet")) == family
+    assert labels_of(on_meta(ModelConfig(pretrained_model_name_or_path="some/sdxl"), "unet")) == SDXL_LABELS
 
 
 @pytest.mark.parametrize("place", ["tiny", "renamed"])
@@ -74,7 +74,7 @@ def test_a_run_on_the_tiny_base_names_it_in_all_its_files(
     }
     folder = train(TrainConfig.from_dict(settings)).parent
     said = metadata(folder / "fox.safetensors")
-    assert (said["ss_base_model_version"], said["modelspec.architecture"]) == TINY_FAMILY[1:3]
+    assert (said["ss_base_model_version"], said["modelspec.architecture"]) == TINY_LABELS[1:3]
     assert json.loads((folder / "fox.json").read_text(encoding="utf-8"))["sd version"] == "Unknown"
     card = (folder / "README.md").read_text(encoding="utf-8")
     assert "It is for the tiny base of flatlora-diffusion" in card
@@ -87,7 +87,7 @@ def test_inspect_says_that_no_other_tool_can_use_it(tmp_path: Path, capsys: pyte
     path = saved(dict(kohya_tensors(tiny_lora())), tmp_path / "x.safetensors", ss_base_model_version="sdxl_base_v1-0")
     assert main(["inspect", str(path), "--json"]) == 0
     report = json.loads(capsys.readouterr().out)
-    assert report["base"] == TINY_FAMILY.name
+    assert report["base"] == TINY_LABELS.name
     for row in report["tools"]:
         if row["tool"] == "diffusers":
             assert (row["layers"], row["note"]) == (row["of"], "with the tiny base only")
@@ -105,7 +105,7 @@ def test_export_names_the_base_of_the_shapes_whatever_the_file_says(
     assert main(["export", str(tiny), "--layout", "both"]) == 0
     assert "tiny_kohya.safetensors is for the tiny base of flatlora-diffusion" in caplog.text
     written = metadata(tmp_path / "tiny_kohya.safetensors")
-    assert (written["ss_base_model_version"], written["modelspec.architecture"]) == TINY_FAMILY[1:3]
+    assert (written["ss_base_model_version"], written["modelspec.architecture"]) == TINY_LABELS[1:3]
     assert metadata(tmp_path / "tiny_diffusers.safetensors").get("ss_base_model_version") != "sdxl_base_v1-0"
     caplog.clear()
     other = saved(peft(factors(adapted(base, ("to_q", "to_k"), ()))), tmp_path / "other.safetensors", **said)

@@ -17,11 +17,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from flatlora_diffusion.config import ConfigError, ModelConfig, ObjectiveConfig, TrainConfig
-from flatlora_diffusion.sdxl.detect import Header, Variant, variant_of
-from flatlora_diffusion.sdxl.loading import base_path, load_pipeline
-from flatlora_diffusion.sdxl.objective import objective_of
-from flatlora_diffusion.sdxl.pipeline import Sdxl, decode_latents, encode_images, load_sdxl
-from flatlora_diffusion.sdxl.single_file import save_single_file, unet_tensors
+from flatlora_diffusion.families.paths import base_path
+from flatlora_diffusion.families.sdxl.detect import Header, Variant, variant_of
+from flatlora_diffusion.families.sdxl.loading import load_pipeline
+from flatlora_diffusion.families.sdxl.objective import objective_of
+from flatlora_diffusion.families.sdxl.pipeline import Sdxl, load_sdxl
+from flatlora_diffusion.families.sdxl.single_file import save_single_file, unet_tensors
+from flatlora_diffusion.families.sdxl.vae import decode_latents, posterior
 from flatlora_diffusion.training.trainer import train
 
 CPU = torch.device("cpu")
@@ -429,7 +431,7 @@ def test_an_absent_package_is_named(
 ) -> None:
     result = importlib.util.find_spec
     monkeypatch.setattr(
-        "flatlora_diffusion.sdxl.loading.find_spec", lambda name: None if name == package else result(name)
+        "flatlora_diffusion.families.sdxl.loading.find_spec", lambda name: None if name == package else result(name)
     )
     with pytest.raises(ConfigError, match=f"{next(iter(settings))}.* needs the package {package}"):
         load(folder, **settings)
@@ -599,24 +601,24 @@ def test_a_given_vae_is_in_fp16_where_it_was_mended_for_it(
     sdxl = load_sdxl(settings, CPU, dtype)
     assert {parameter.dtype for parameter in sdxl.vae.parameters()} == {expected}
     pixels = torch.rand(2, 3, 32, 32) * 2 - 1
-    latents = encode_images(sdxl.vae, pixels)
+    latents = posterior(sdxl.vae, pixels)[0]
     drawn = decode_latents(sdxl.vae, latents)
     assert latents.dtype == drawn.dtype == torch.float32
     exact = load(folder).vae
-    torch.testing.assert_close(drawn, decode_latents(exact, encode_images(exact, pixels)), rtol=0.02, atol=0.1)
+    torch.testing.assert_close(drawn, decode_latents(exact, posterior(exact, pixels)[0]), rtol=0.02, atol=0.1)
 
 
 def test_the_vae_takes_images_one_by_one_and_none_depends_on_the_others(sdxl: Sdxl) -> None:
     seen: list[int] = []
     hooks = [part.register_forward_pre_hook(lambda _, inputs: seen.append(len(inputs[0]))) for part in vae_parts(sdxl)]
     pixels = torch.rand(3, 3, 32, 32) * 2 - 1
-    latents = encode_images(sdxl.vae, pixels)
+    latents = posterior(sdxl.vae, pixels)[0]
     drawn = decode_latents(sdxl.vae, latents)
     for hook in hooks:
         hook.remove()
     assert seen == [1] * 6
     for index in range(3):
-        alone = encode_images(sdxl.vae, pixels[index : index + 1])
+        alone = posterior(sdxl.vae, pixels[index : index + 1])[0]
         assert torch.equal(alone, latents[index : index + 1])
         assert torch.equal(decode_latents(sdxl.vae, alone), drawn[index : index + 1])
 
@@ -628,7 +630,7 @@ def test_images_above_1024_pixels_are_decoded_in_tiles_and_encoded_whole(sdxl: S
     encoder.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].shape[-1]))
     decoder.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].shape[-1] * 4))
     sdxl.vae.to("meta")  # sizes are all that is asked for
-    drawn = decode_latents(sdxl.vae, encode_images(sdxl.vae, torch.empty(1, 3, side, side, device="meta")))
+    drawn = decode_latents(sdxl.vae, posterior(sdxl.vae, torch.empty(1, 3, side, side, device="meta"))[0])
     assert seen[0] == side
     assert max(seen[1:]) == largest
     assert drawn.shape == (1, 3, side, side)

@@ -9,6 +9,9 @@ import torch
 from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
 
+from flatlora_diffusion.config import TEXT_PARTS, ModelConfig
+from flatlora_diffusion.families.sdxl.shapes import TOKENS, part_settings
+
 
 class Denoiser(nn.Module):
     """The UNet with both text encoders in front of it, conditioned as StableDiffusionXLPipeline does."""
@@ -33,9 +36,38 @@ class Denoiser(nn.Module):
         return output
 
 
+class Conditioned(nn.Module):
+    """The UNet with the conditioning of SDXL as positional arguments."""
+
+    def __init__(self, unet: nn.Module) -> None:
+        super().__init__()
+        self.unet = unet
+
+    def forward(self, sample: Tensor, timesteps: Tensor, prompts: Tensor, pooled: Tensor, time_ids: Tensor) -> Tensor:
+        added = {"text_embeds": pooled, "time_ids": time_ids}
+        output: Tensor = self.unet(sample, timesteps, prompts, added_cond_kwargs=added, return_dict=False)[0]
+        return output
+
+
 def denoiser_of(unet: UNet2DConditionModel, text_encoders: Sequence[nn.Module], clip_skip: int | None) -> nn.Module:
     """Return the UNet, or a `Denoiser` if text encoders are trained."""
     return Denoiser(unet, text_encoders, clip_skip) if text_encoders else unet
+
+
+def meta_inputs(
+    config: ModelConfig, images: int, shape: Sequence[int], dtype: torch.dtype, trains_text: bool
+) -> tuple[Tensor, ...]:
+    """Return the inputs of `Conditioned`, or of `Denoiser`, for latents of `shape` on the meta device."""
+    settings = part_settings(config, "unet")
+    with torch.device("meta"):
+        sample = torch.empty(images, *shape, dtype=dtype)
+        timesteps, time_ids = torch.empty(images, dtype=torch.long), torch.empty(images, 6)
+        if trains_text:
+            ids = torch.empty(images, len(TEXT_PARTS), TOKENS, dtype=torch.long)
+            return sample, timesteps, ids, torch.empty(images), time_ids
+        prompts = torch.empty(images, TOKENS, settings["cross_attention_dim"], dtype=dtype)
+        width = settings["projection_class_embeddings_input_dim"] - 6 * settings["addition_time_embed_dim"]
+        return sample, timesteps, prompts, torch.empty(images, width, dtype=dtype), time_ids
 
 
 def embed_tokens(

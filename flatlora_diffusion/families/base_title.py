@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from flatlora_diffusion.config import TINY, ModelConfig
-from flatlora_diffusion.sdxl.shapes import base_path, known_sizes
+from flatlora_diffusion.families.paths import base_path
 
 TINY_TITLE = "the tiny demo base"
 REMEDY = "give --pretrained_model_name_or_path for SDXL"
@@ -17,18 +17,6 @@ def is_tiny(model: ModelConfig) -> bool:
     return name == TINY or Path(name).resolve() == Path(base_path(TINY)).resolve()
 
 
-def base_title(model: ModelConfig) -> str:
-    """Return `the tiny demo base, 64 pixels`, or another base's name or path with its native image size if known."""
-    name = TINY_TITLE if is_tiny(model) else model.pretrained_model_name_or_path
-    sizes = known_sizes(model)
-    return name if sizes is None else title_with_size(name, sizes.native)
-
-
 def title_with_size(name: str, pixels: int) -> str:
     """Return a base's name with its native image size."""
     return f"{name}, {pixels} pixels"
-
-
-def base_line(model: ModelConfig) -> str:
-    """Return `base: ` and the title; for the tiny base also the flag that selects another."""
-    return f"base: {base_title(model)}" + (f"; {REMEDY}" if is_tiny(model) else "")

@@ -15,8 +15,8 @@ from typing import Any
 from safetensors import safe_open
 
 from flatlora_diffusion.config import ConfigError, ModelConfig, PredictionType
-from flatlora_diffusion.sdxl.objective import is_edm_scheduler
-from flatlora_diffusion.sdxl.single_file import PREFIXES
+from flatlora_diffusion.families.sdxl.objective import is_edm_scheduler
+from flatlora_diffusion.families.sdxl.single_file import PREFIXES
 
 _PARTS = {
     "UNet": (f"{PREFIXES['unet']}label_emb.",),

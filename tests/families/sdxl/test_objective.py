@@ -12,21 +12,16 @@ from diffusers import DDPMScheduler, EDMEulerScheduler
 from torch import Tensor, nn
 
 from flatlora_diffusion.config import ConfigError, ObjectiveConfig, TrainConfig
-from flatlora_diffusion.sdxl.objective import (
-    Batch,
-    Objective,
-    diffusion_loss,
-    objective_of,
-    sample_losses,
-    sample_noise,
-    with_input_perturbation,
-)
+from flatlora_diffusion.families.batch import Batch
+from flatlora_diffusion.families.objective import diffusion_loss, sample_losses
+from flatlora_diffusion.families.sdxl.objective import SdxlObjective, objective_of
 
 
 def make_batch() -> Batch:
     rng = torch.Generator().manual_seed(0)
     shapes = ((3, 4, 8, 8), (3, 77, 6), (3, 5), (3, 6))
-    return Batch(*(torch.randn(shape, generator=rng) for shape in shapes))
+    latents, embeds, pooled, ids = (torch.randn(shape, generator=rng) for shape in shapes)
+    return Batch(latents, {"prompt_embeds": embeds, "pooled_prompt_embeds": pooled}, {"add_time_ids": ids})
 
 
 class Recorder(nn.Module):
@@ -45,33 +40,31 @@ class Recorder(nn.Module):
 def test_the_loss_is_the_squared_error_of_noise_or_velocity(prediction: str) -> None:
     scheduler = DDPMScheduler(prediction_type=prediction)
     batch, unet = make_batch(), Recorder()
-    noise, timesteps = sample_noise(Objective(scheduler), batch.latents, torch.Generator().manual_seed(1))
-    loss = diffusion_loss(unet, Objective(scheduler), batch, noise, timesteps)
+    noise, timesteps = SdxlObjective(scheduler).draw(batch.latents, torch.Generator().manual_seed(1))
+    loss = diffusion_loss(unet, SdxlObjective(scheduler), batch, noise, timesteps)
     alpha = scheduler.alphas_cumprod[timesteps].sqrt().view(3, 1, 1, 1)
     beta = (1 - scheduler.alphas_cumprod[timesteps]).sqrt().view(3, 1, 1, 1)
     torch.testing.assert_close(unet.given.sample, alpha * batch.latents + beta * noise)
     target = noise if prediction == "epsilon" else alpha * noise - beta * batch.latents
     torch.testing.assert_close(loss, (0.5 - target).square().mean())
-    each = sample_losses(unet, Objective(scheduler), batch, noise, timesteps)
+    each = sample_losses(unet, SdxlObjective(scheduler), batch, noise, timesteps)
     torch.testing.assert_close(each, (0.5 - target).square().mean(dim=(1, 2, 3)))
 
 
 def test_the_unet_is_given_prompt_pooled_prompt_and_sizes() -> None:
     batch, unet = make_batch(), Recorder()
     scheduler = DDPMScheduler()
-    noise, timesteps = sample_noise(Objective(scheduler), batch.latents, torch.Generator().manual_seed(1))
-    diffusion_loss(unet, Objective(scheduler), batch, noise, timesteps)
-    assert batch.prompt_embeds is not None
-    assert batch.pooled_prompt_embeds is not None
-    assert torch.equal(unet.given.prompts, batch.prompt_embeds)
-    assert torch.equal(unet.given.added_cond_kwargs["text_embeds"], batch.pooled_prompt_embeds)
-    assert torch.equal(unet.given.added_cond_kwargs["time_ids"], batch.add_time_ids)
+    noise, timesteps = SdxlObjective(scheduler).draw(batch.latents, torch.Generator().manual_seed(1))
+    diffusion_loss(unet, SdxlObjective(scheduler), batch, noise, timesteps)
+    assert torch.equal(unet.given.prompts, batch.prompts["prompt_embeds"])
+    assert torch.equal(unet.given.added_cond_kwargs["text_embeds"], batch.prompts["pooled_prompt_embeds"])
+    assert torch.equal(unet.given.added_cond_kwargs["time_ids"], batch.geometry["add_time_ids"])
     assert torch.equal(unet.given.timesteps, timesteps)
 
 
 def test_targets_are_standard_normal_and_uniform_in_time() -> None:
     latents = torch.zeros(2000, 1, 2, 2)
-    noise, timesteps = sample_noise(Objective(DDPMScheduler()), latents, torch.Generator().manual_seed(2))
+    noise, timesteps = SdxlObjective(DDPMScheduler()).draw(latents, torch.Generator().manual_seed(2))
     assert abs(float(noise.mean())) < 0.05
     assert abs(float(noise.std()) - 1) < 0.05
     assert timesteps.min() >= 0
@@ -82,14 +75,14 @@ def test_targets_are_standard_normal_and_uniform_in_time() -> None:
 def test_an_unknown_prediction_type_is_refused() -> None:
     scheduler = DDPMScheduler(prediction_type="sample")
     batch = make_batch()
-    noise, timesteps = sample_noise(Objective(scheduler), batch.latents, torch.Generator())
+    noise, timesteps = SdxlObjective(scheduler).draw(batch.latents, torch.Generator())
     with pytest.raises(ValueError, match="prediction_type 'sample'"):
-        diffusion_loss(Recorder(), Objective(scheduler), batch, noise, timesteps)
+        diffusion_loss(Recorder(), SdxlObjective(scheduler), batch, noise, timesteps)
 
 
-def drawn(scheduler: Any, batch: Batch, **settings: Any) -> tuple[Objective, Tensor, Tensor]:
-    objective = Objective(scheduler, **settings)
-    return objective, *sample_noise(objective, batch.latents, torch.Generator().manual_seed(3))
+def drawn(scheduler: Any, batch: Batch, **settings: Any) -> tuple[SdxlObjective, Tensor, Tensor]:
+    objective = SdxlObjective(scheduler, **settings)
+    return objective, *objective.draw(batch.latents, torch.Generator().manual_seed(3))
 
 
 @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
@@ -97,7 +90,7 @@ def test_min_snr_weights_each_image_by_its_own_timestep(prediction: str) -> None
     scheduler = DDPMScheduler(prediction_type=prediction)
     batch = make_batch()
     objective, noise, timesteps = drawn(scheduler, batch, snr_gamma=5.0)
-    plain = sample_losses(Recorder(), Objective(scheduler), batch, noise, timesteps)
+    plain = sample_losses(Recorder(), SdxlObjective(scheduler), batch, noise, timesteps)
     signal = scheduler.alphas_cumprod[timesteps]
     snr = signal / (1 - signal)
     expected = plain * snr.clamp(max=5.0) / (snr if prediction == "epsilon" else snr + 1)
@@ -110,7 +103,7 @@ def test_debiased_estimation_weights_each_image_by_its_own_timestep(prediction: 
     scheduler, batch = DDPMScheduler(prediction_type=prediction), make_batch()
     noise, timesteps = torch.randn(batch.latents.shape), torch.tensor([0, 300, 999])
     objective = objective_of(ObjectiveConfig(debiased_estimation=True), scheduler)
-    plain = sample_losses(Recorder(), Objective(scheduler), batch, noise, timesteps)
+    plain = sample_losses(Recorder(), SdxlObjective(scheduler), batch, noise, timesteps)
     signal = scheduler.alphas_cumprod[timesteps].double()
     snr = signal / (1 - signal)
     assert snr[0] > 1000, "what is clamped"
@@ -135,7 +128,7 @@ def test_edm_style_is_the_same_denoising_problem_in_other_units(prediction: str)
     batch = make_batch()
     objective, noise, timesteps = drawn(scheduler, batch, edm=True)
     plain_model, edm_model = Recorder(), Recorder()
-    plain = sample_losses(plain_model, Objective(scheduler), batch, noise, timesteps)
+    plain = sample_losses(plain_model, SdxlObjective(scheduler), batch, noise, timesteps)
     edm = sample_losses(edm_model, objective, batch, noise, timesteps)
     torch.testing.assert_close(edm_model.given.sample, plain_model.given.sample)
     signal = scheduler.alphas_cumprod[timesteps]
@@ -198,7 +191,7 @@ def test_noise_offset_shifts_whole_channels_and_no_other_draw() -> None:
 def test_timesteps_stay_between_those_that_are_given() -> None:
     scheduler, latents = DDPMScheduler(), torch.zeros(4000, 1, 1, 1)
     config = ObjectiveConfig(min_timestep=200, max_timestep=203)
-    _, timesteps = sample_noise(objective_of(config, scheduler), latents, torch.Generator().manual_seed(0))
+    _, timesteps = objective_of(config, scheduler).draw(latents, torch.Generator().manual_seed(0))
     assert set(timesteps.tolist()) == {200, 201, 202, 203}
     for least, most in ((5, 4), (0, 1000), (1000, 999)):
         with pytest.raises(ConfigError, match=r"leave no timestep: .* at most 999"):
@@ -208,8 +201,8 @@ def test_timesteps_stay_between_those_that_are_given() -> None:
 def test_without_bounds_the_draws_are_what_they_were() -> None:
     latents = torch.zeros(8, 4, 2, 2)
     drawn = [
-        sample_noise(one, latents, torch.Generator().manual_seed(5))
-        for one in (objective_of(ObjectiveConfig(), DDPMScheduler()), Objective(DDPMScheduler()))
+        one.draw(latents, torch.Generator().manual_seed(5))
+        for one in (objective_of(ObjectiveConfig(), DDPMScheduler()), SdxlObjective(DDPMScheduler()))
     ]
     rng = torch.Generator().manual_seed(5)
     torch.randn(latents.shape, generator=rng)
@@ -222,7 +215,7 @@ def test_multires_noise_keeps_its_std_and_has_more_in_large_shapes() -> None:
     noises = []
     for iterations in (0, 6):
         config = ObjectiveConfig(multires_noise_iterations=iterations, multires_noise_discount=0.8)
-        noise, _ = sample_noise(objective_of(config, DDPMScheduler()), latents, torch.Generator().manual_seed(0))
+        noise, _ = objective_of(config, DDPMScheduler()).draw(latents, torch.Generator().manual_seed(0))
         noises.append(noise)
     plain, coarse = noises
     torch.testing.assert_close(coarse.std(dim=(1, 2, 3)), torch.ones(64))
@@ -235,11 +228,11 @@ def test_multires_noise_keeps_its_std_and_has_more_in_large_shapes() -> None:
 def test_more_noise_is_seen_and_not_predicted() -> None:
     scheduler, batch = DDPMScheduler(), make_batch()
     objective = objective_of(ObjectiveConfig(ip_noise_gamma=0.1), scheduler)
-    noise, timesteps = sample_noise(objective, batch.latents, torch.Generator().manual_seed(0))
-    noisier = with_input_perturbation(objective, batch, torch.Generator().manual_seed(1))
+    noise, timesteps = objective.draw(batch.latents, torch.Generator().manual_seed(0))
+    noisier = objective.with_input_perturbation(batch, torch.Generator().manual_seed(1))
     drawn = torch.randn(batch.latents.shape, generator=torch.Generator().manual_seed(1))
     model = Recorder()
     losses = sample_losses(model, objective, noisier, noise, timesteps)
     torch.testing.assert_close(model.given.sample, scheduler.add_noise(batch.latents, noise + 0.1 * drawn, timesteps))
     torch.testing.assert_close(losses, (0.5 - noise).square().mean(dim=(1, 2, 3)))
-    assert with_input_perturbation(Objective(scheduler), batch, torch.Generator()) is batch
+    assert SdxlObjective(scheduler).with_input_perturbation(batch, torch.Generator()) is batch

@@ -7,32 +7,20 @@ equivalent there has none.
 from __future__ import annotations
 
 import json
-import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from PIL.PngImagePlugin import PngInfo
-
-from flatlora_diffusion.config import SDXL
+from flatlora_diffusion.families.drawing import NOISE_FROM, PARAMETERS, SAMPLERS, Drawing, a1111_text, escaped
 from flatlora_diffusion.storage.run_dir import A1111_TEXT, COMFYUI, COMFYUI_API
-from flatlora_diffusion.storage.versions import PROGRAM, __version__
 
-PARAMETERS = "parameters"
-NOISE_FROM = "CPU"  # A1111's name for noise from a CPU generator
-# Names in ComfyUI and in A1111.
-_SAMPLERS = {
-    "EulerDiscreteScheduler": ("euler", "Euler"),
-    "EulerAncestralDiscreteScheduler": ("euler_ancestral", "Euler a"),
-}
 _SPACINGS = {"leading": ("ddim_uniform", "DDIM"), "trailing": ("simple", "Simple"), "linspace": ("normal", "Normal")}
 _KARRAS = ("karras", "Karras")
-_KNOWN_BASES = {SDXL: "sd_xl_base_1.0"}  # file names in other tools
 _COLUMN, _HEIGHT = 340, 280  # distance of nodes on the page, in pixels
 
 
 @dataclass(frozen=True)
-class Drawing:
+class SdxlDrawing(Drawing):
     """The generation parameters of an image.
 
     sampler, spacing: names in ComfyUI and in A1111.
@@ -58,6 +46,20 @@ class Drawing:
     zero_terminal_snr: bool = False
     is_zeroed: bool = False
     rescale: float = 0.0
+
+    def png_chunks(self) -> dict[str, str]:
+        return {
+            PARAMETERS: parameters_text(self),
+            "prompt": json.dumps(workflow_for_api(self)),
+            "workflow": json.dumps(workflow_for_page(self)),
+        }
+
+    def files(self) -> dict[str, str]:
+        return {
+            COMFYUI: json.dumps(workflow_for_page(self), indent=2) + "\n",
+            COMFYUI_API: json.dumps(workflow_for_api(self), indent=2) + "\n",
+            A1111_TEXT: parameters_text(self) + "\n",
+        }
 
 
 class _Kind(NamedTuple):
@@ -91,20 +93,13 @@ _KINDS = {
 
 def sampling_names(scheduler: Any) -> tuple[tuple[str, str], tuple[str, str]] | None:
     """Return sampler and spacing of a scheduler as named in ComfyUI and A1111; None without an equivalent."""
-    sampler = _SAMPLERS.get(type(scheduler).__name__)
+    sampler = SAMPLERS.get(type(scheduler).__name__)
     is_karras = scheduler.config.get("use_karras_sigmas")
     spacing = _KARRAS if is_karras else _SPACINGS.get(scheduler.config.get("timestep_spacing"))
     return None if sampler is None or spacing is None else (sampler, spacing)
 
 
-def portable_base_name(name: str | None) -> str:
-    """Return the name of a base in other tools, without suffix, by its hub id or file name; BASE for None."""
-    if name is None:
-        return "BASE"
-    return _KNOWN_BASES.get(name, name.rsplit("/", maxsplit=1)[-1].removesuffix(".safetensors"))
-
-
-def parameters_text(drawing: Drawing) -> str:
+def parameters_text(drawing: SdxlDrawing) -> str:
     """Return A1111's parameters text, which its page `PNG Info` and many other tools read."""
     values: dict[str, Any] = {
         "Steps": drawing.steps,
@@ -119,30 +114,7 @@ def parameters_text(drawing: Drawing) -> str:
     return a1111_text(drawing.prompt, drawing.negative_prompt, drawing.loras, values)
 
 
-def a1111_text(
-    prompt: str, negative_prompt: str | None, loras: Iterable[tuple[str, float]], values: Mapping[str, Any]
-) -> str:
-    """Return A1111's parameters text of plain prompts, (name, strength) of LoRAs, and named values."""
-    marks = "()[]"  # A1111 would interpret them as weights
-    lines = [_escaped(prompt, marks) + "".join(f" <lora:{name}:{strength:g}>" for name, strength in loras)]
-    if negative_prompt:
-        lines.append(f"Negative prompt: {_escaped(negative_prompt, marks)}")
-    values = {**values, "Version": f"{PROGRAM} {__version__}"}
-    lines.append(", ".join(f"{name}: {_quoted(str(value))}" for name, value in values.items()))
-    return "\n".join(lines)
-
-
-def a1111_sampler(kind: str) -> str:
-    """Return A1111's name of a diffusers scheduler class; the class name without an equivalent."""
-    return _SAMPLERS[kind][1] if kind in _SAMPLERS else kind.removesuffix("Scheduler")
-
-
-def _quoted(value: str) -> str:
-    """Quote a value as A1111 does: as JSON if it contains a separator."""
-    return json.dumps(value, ensure_ascii=False) if any(mark in value for mark in ',:\n"') else value
-
-
-def workflow_for_api(drawing: Drawing) -> dict[str, Any]:
+def workflow_for_api(drawing: SdxlDrawing) -> dict[str, Any]:
     """Return the workflow in the format of ComfyUI's server: nodes by number, links as [node, output]."""
     nodes: dict[str, Any] = {}
 
@@ -163,8 +135,8 @@ def workflow_for_api(drawing: Drawing) -> dict[str, Any]:
         model = [add("RescaleCFG", multiplier=drawing.rescale, model=model), 0]
     if drawing.clip_skip:
         clip = [add("CLIPSetLastLayer", stop_at_clip_layer=-2 - drawing.clip_skip, clip=clip), 0]
-    positive = [add("CLIPTextEncode", text=_escaped(drawing.prompt, "()"), clip=clip), 0]
-    negative = [add("CLIPTextEncode", text=_escaped(drawing.negative_prompt, "()"), clip=clip), 0]
+    positive = [add("CLIPTextEncode", text=escaped(drawing.prompt, "()"), clip=clip), 0]
+    negative = [add("CLIPTextEncode", text=escaped(drawing.negative_prompt, "()"), clip=clip), 0]
     if drawing.is_zeroed:
         negative = [add("ConditioningZeroOut", conditioning=negative), 0]
     latents = [add("EmptyLatentImage", width=drawing.size, height=drawing.size, batch_size=1), 0]
@@ -186,7 +158,7 @@ def workflow_for_api(drawing: Drawing) -> dict[str, Any]:
     return nodes
 
 
-def workflow_for_page(drawing: Drawing) -> dict[str, Any]:
+def workflow_for_page(drawing: SdxlDrawing) -> dict[str, Any]:
     """Return the workflow in the format of ComfyUI's page, which loads it from a dropped file or image."""
     api = workflow_for_api(drawing)
     links = [
@@ -204,29 +176,6 @@ def workflow_for_page(drawing: Drawing) -> dict[str, Any]:
         "extra": {},
         "version": 0.4,
     }
-
-
-def workflow_files(drawing: Drawing) -> dict[str, str]:
-    """Return the contents of the workflow and parameter files by file suffix."""
-    return {
-        COMFYUI: json.dumps(workflow_for_page(drawing), indent=2) + "\n",
-        COMFYUI_API: json.dumps(workflow_for_api(drawing), indent=2) + "\n",
-        A1111_TEXT: parameters_text(drawing) + "\n",
-    }
-
-
-def png_text(drawing: Drawing) -> PngInfo:
-    """Return the PNG text chunks that both tools read."""
-    text = PngInfo()
-    add_drawing(text, drawing)
-    return text
-
-
-def add_drawing(text: PngInfo, drawing: Drawing) -> None:
-    """Add the PNG text chunks that both tools read to `text`."""
-    text.add_text(PARAMETERS, parameters_text(drawing))
-    text.add_text("prompt", json.dumps(workflow_for_api(drawing)))
-    text.add_text("workflow", json.dumps(workflow_for_page(drawing)))
 
 
 def _on_page(number: int, node: dict[str, Any], links: list[list[Any]]) -> dict[str, Any]:
@@ -257,8 +206,3 @@ def _on_page(number: int, node: dict[str, Any], links: list[list[Any]]) -> dict[
         "properties": {"Node name for S&R": node["class_type"]},
         "widgets_values": [values[name] for name in kind.widgets],
     }
-
-
-def _escaped(prompt: str, marks: str) -> str:
-    """Return `prompt` with a backslash before each of `marks`."""
-    return re.sub(f"([{re.escape(marks)}])", r"\\\1", prompt)

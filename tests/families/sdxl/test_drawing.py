@@ -14,15 +14,15 @@ from diffusers import EDMEulerScheduler, EulerDiscreteScheduler, HeunDiscreteSch
 from PIL import Image
 
 from flatlora_diffusion.config import TrainConfig
-from flatlora_diffusion.sdxl.drawing import (
-    Drawing,
+from flatlora_diffusion.families.drawing import ImageSettings, portable_base_name
+from flatlora_diffusion.families.sdxl.drawing import (
+    SdxlDrawing,
     parameters_text,
-    portable_base_name,
     sampling_names,
     workflow_for_api,
     workflow_for_page,
 )
-from flatlora_diffusion.sdxl.pipeline import Sdxl
+from flatlora_diffusion.families.sdxl.pipeline import Sdxl
 from flatlora_diffusion.training.trainer import train
 
 # The inputs that ComfyUI's nodes require, as its INPUT_TYPES name them, with what they take.
@@ -69,7 +69,7 @@ OUTPUTS = {
     "VAEDecode": ["IMAGE"],
     "SaveImage": [],
 }
-PLAIN = Drawing(
+PLAIN = SdxlDrawing(
     prompt="a fox (red)",
     negative_prompt="fog",
     seed=7,
@@ -94,7 +94,7 @@ RICH = replace(
 
 
 @pytest.mark.parametrize("drawing", [PLAIN, RICH, replace(PLAIN, loras=())])
-def test_the_workflow_is_one_of_comfyui_s_own_nodes_with_all_that_they_require(drawing: Drawing) -> None:
+def test_the_workflow_is_one_of_comfyui_s_own_nodes_with_all_that_they_require(drawing: SdxlDrawing) -> None:
     nodes = workflow_for_api(drawing)
     for node in nodes.values():
         required = REQUIRED[node["class_type"]]
@@ -312,18 +312,18 @@ def test_a_picture_of_generate_is_opened_by_other_tools(base: Path, lora: Path, 
 
 def test_guidance_is_rescaled_for_zero_terminal_snr_and_for_no_other(base: Path, sdxl: Sdxl) -> None:
     from flatlora_diffusion.config import ModelConfig
-    from flatlora_diffusion.sdxl.pipeline import load_sdxl
-    from flatlora_diffusion.sdxl.sampling import describe_drawing, generate_images, rescale_of
+    from flatlora_diffusion.families.sampling import generate_images
+    from flatlora_diffusion.families.sdxl.pipeline import load_sdxl
 
     model = ModelConfig(
         pretrained_model_name_or_path=str(base), prediction_type="v_prediction", zero_terminal_snr=True
     )
     actual = load_sdxl(model, torch.device("cpu"), torch.float32)
-    assert (rescale_of(actual), rescale_of(sdxl)) == (0.7, 0.0)
+    assert (actual.default_rescale, sdxl.default_rescale) == (0.7, 0.0)
     drawn = [
         generate_images(actual, ["a fox"], [0], 32, 2, rescale=rescale)[0].tobytes() for rescale in (None, 0.7, 0.0)
     ]
     assert drawn[0] == drawn[1] != drawn[2]
-    drawing = describe_drawing(actual, "a fox", 0, 32, "noob", ())
+    drawing = actual.describe_image("a fox", 0, ImageSettings(32), "noob", ())
     assert drawing is not None
     assert drawing.rescale == 0.7

@@ -7,12 +7,11 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-from huggingface_hub import try_to_load_from_cache
-from huggingface_hub.errors import HFValidationError
-
-from flatlora_diffusion.config import SAMPLES, SDXL, TINY, ConfigError, ModelConfig
+from flatlora_diffusion.config import SDXL, ModelConfig
+from flatlora_diffusion.families.family import Sizes
+from flatlora_diffusion.families.paths import config_file
 
 TOKENS = 77  # of a prompt
 # The sizes of stabilityai/stable-diffusion-xl-base-1.0.
@@ -57,16 +56,13 @@ _SDXL: dict[str, dict[str, Any]] = {
 }
 
 
-def base_path(name_or_path: str) -> str:
-    """Return the folder, file or hub id of a base; `tiny` is the base that ships with this program."""
-    return str(SAMPLES / "tiny_sdxl") if name_or_path == TINY else name_or_path
-
-
 def on_meta(config: ModelConfig, part: str) -> Any:
     """Create `unet`, `text_encoder`, `text_encoder_2` or `vae` on the meta device: fp32, frozen, in eval mode."""
     import torch
     from diffusers import AutoencoderKL, UNet2DConditionModel
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+
+    from flatlora_diffusion.families.sdxl.vae import decode_one_by_one
 
     settings = part_settings(config, part)
     with torch.device("meta"):
@@ -75,6 +71,8 @@ def on_meta(config: ModelConfig, part: str) -> Any:
             model = kind(CLIPTextConfig.from_dict(settings))
         else:
             model = {"unet": UNet2DConditionModel, "vae": AutoencoderKL}[part].from_config(settings)
+    if part == "vae":
+        decode_one_by_one(model)
     return model.requires_grad_(False).eval()
 
 
@@ -87,11 +85,10 @@ def part_settings(config: ModelConfig, part: str) -> dict[str, Any]:
     return settings
 
 
-class Sizes(NamedTuple):
-    """A base's native image size in pixels, and the step that image sides must be a multiple of."""
-
-    native: int
-    step: int
+def sizes(config: ModelConfig) -> Sizes:
+    """Return the native image size, and the step of image sides: the VAE's factor times the UNet's."""
+    unet, factor = part_settings(config, "unet"), vae_factor(config)
+    return Sizes(int(unet["sample_size"]) * factor, int(factor * 2 ** (len(unet["block_out_channels"]) - 1)))
 
 
 def known_sizes(config: ModelConfig) -> Sizes | None:
@@ -100,54 +97,11 @@ def known_sizes(config: ModelConfig) -> Sizes | None:
     if name != SDXL and not Path(name).is_file() and config_file(config, "unet") is None:
         return None
     try:
-        return Sizes(native_size(config), size_step(config))
+        return sizes(config)
     except (OSError, ValueError, LookupError, TypeError):  # reported when the base is loaded
         return None
-
-
-def config_file(config: ModelConfig, part: str) -> Path | None:
-    """Return the part's config.json in the base's folder or in the hub's cache; None if it is in neither."""
-    path, name, revision = config.single_file_config, f"{part}/config.json", config.revision
-    path = path or base_path(config.pretrained_model_name_or_path)
-    if part == "vae" and config.pretrained_vae_model_name_or_path is not None:
-        path, name, revision = config.pretrained_vae_model_name_or_path, "config.json", None
-    file = Path(path, name)
-    if file.is_file():
-        return file
-    try:
-        cached = try_to_load_from_cache(path, name, revision=revision)
-    except HFValidationError:  # a file path, not a hub id
-        return None
-    return Path(cached) if isinstance(cached, str) else None
 
 
 def vae_factor(config: ModelConfig) -> int:
     """Return the pixels per latent pixel in each direction."""
     return int(2 ** (len(part_settings(config, "vae")["block_out_channels"]) - 1))
-
-
-def native_size(config: ModelConfig) -> int:
-    """Return the base's native image size in pixels."""
-    return int(part_settings(config, "unet")["sample_size"]) * vae_factor(config)
-
-
-def size_step(config: ModelConfig) -> int:
-    """Return the step of image sides: the VAE's factor times the UNet's."""
-    return int(vae_factor(config) * 2 ** (len(part_settings(config, "unet")["block_out_channels"]) - 1))
-
-
-def checked_size(resolution: int, step: int) -> int:
-    """Return `resolution`. Raises ConfigError if it is not a multiple of the base's `step`."""
-    if resolution % step:
-        nearest = max(1, round(resolution / step)) * step
-        raise ConfigError(
-            f"resolution={resolution} must be a multiple of {step} for this base; {nearest} is the nearest"
-        )
-    return resolution
-
-
-def check_resolution(config: ModelConfig, resolution: int | None) -> None:
-    """Raise ConfigError as `checked_size` does, if the base's sizes are known before it is loaded."""
-    sizes = known_sizes(config)
-    if resolution is not None and sizes is not None:
-        checked_size(resolution, sizes.step)

@@ -11,9 +11,9 @@ from torch import nn
 from transformers import CLIPTokenizer
 
 from flatlora_diffusion.config import TEXT_PARTS, TINY, ModelConfig
-from flatlora_diffusion.sdxl.loading import base_path, decode_one_by_one
-from flatlora_diffusion.sdxl.pipeline import Sdxl, wrap_pipeline
-from flatlora_diffusion.sdxl.shapes import on_meta
+from flatlora_diffusion.families.paths import base_path
+from flatlora_diffusion.families.sdxl.pipeline import Sdxl, wrap_pipeline
+from flatlora_diffusion.families.sdxl.shapes import on_meta
 from flatlora_diffusion.storage.rng import generator
 
 
@@ -27,7 +27,7 @@ def random_sdxl(config: ModelConfig, device: torch.device, dtype: torch.dtype) -
         name: CLIPTokenizer.from_pretrained(f"{base_path(TINY)}/{name}") for name in ("tokenizer", "tokenizer_2")
     }
     pipeline = StableDiffusionXLPipeline(
-        vae=decode_one_by_one(_random(on_meta(config, "vae"), device, torch.float32)),
+        vae=_random(on_meta(config, "vae"), device, torch.float32),
         scheduler=EulerDiscreteScheduler(
             beta_start=0.00085,
             beta_end=0.012,

@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from flatlora_diffusion.config import SDXL, TINY, ModelConfig
-from flatlora_diffusion.sdxl.base_title import base_line, base_title
-from flatlora_diffusion.sdxl.loading import load_pipeline
-from flatlora_diffusion.sdxl.shapes import base_path
+from flatlora_diffusion.families.paths import base_path
+from flatlora_diffusion.families.registry import base_line, base_title
+from flatlora_diffusion.families.sdxl.loading import load_pipeline
 
 
 def called(name: str) -> ModelConfig:

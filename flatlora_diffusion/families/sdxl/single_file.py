@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from flatlora_diffusion.sdxl.sgm_names import original_path
+from flatlora_diffusion.families.sdxl.sgm_names import original_path
 from flatlora_diffusion.storage.atomic_io import atomic_write
 
 Rules = Mapping[str, str | Callable[[re.Match[str]], str]]

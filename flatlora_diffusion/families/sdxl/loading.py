@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
+import json
 import logging
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -21,8 +20,9 @@ from diffusers import (
 from safetensors import SafetensorError
 
 from flatlora_diffusion.config import ConfigError, ModelConfig, Quantization
-from flatlora_diffusion.sdxl.base_title import TINY_TITLE, title_with_size
-from flatlora_diffusion.sdxl.detect import (
+from flatlora_diffusion.families.base_title import TINY_TITLE, title_with_size
+from flatlora_diffusion.families.paths import SETTING, base_path
+from flatlora_diffusion.families.sdxl.detect import (
     Header,
     Variant,
     check_channels,
@@ -33,36 +33,19 @@ from flatlora_diffusion.sdxl.detect import (
     variant_of,
     variant_warnings,
 )
-from flatlora_diffusion.sdxl.family import TINY_FAMILY, family_of
-from flatlora_diffusion.sdxl.objective import is_edm_scheduler
-from flatlora_diffusion.sdxl.shapes import base_path
-from flatlora_diffusion.sdxl.single_file import PREFIXES
+from flatlora_diffusion.families.sdxl.labels import labels_of
+from flatlora_diffusion.families.sdxl.objective import is_edm_scheduler
+from flatlora_diffusion.families.sdxl.shapes import part_settings
+from flatlora_diffusion.families.sdxl.single_file import PREFIXES
+from flatlora_diffusion.families.sdxl.vae import decode_one_by_one, vae_dtype
 from flatlora_diffusion.storage.formatting import first_line
 from flatlora_diffusion.storage.hub_errors import hub_is_reachable, hub_unreachable, is_missing_files, loading_failure
 from flatlora_diffusion.storage.model_paths import check_models, is_single_file
 
 logger = logging.getLogger(__name__)
 
-TILE = 1024  # pixels
-
-_SETTING = "pretrained_model_name_or_path"
 _LOAD_ERRORS = (OSError, ValueError, SafetensorError)
 _BITSANDBYTES_DEVICES = {"nf4": ("cuda", "xpu", "mps"), "int8": ("cuda", "xpu")}  # devices that diffusers supports
-
-
-def decode_one_by_one(vae: AutoencoderKL) -> AutoencoderKL:
-    """Configure `vae` to process the images of a batch one by one, with tiles of TILE pixels; returns it."""
-    vae.enable_slicing()
-    vae.tile_sample_min_size = TILE
-    vae.tile_latent_min_size = TILE // 2 ** (len(vae.config.block_out_channels) - 1)
-    return vae
-
-
-def vae_dtype(settings: Mapping[str, Any], dtype: torch.dtype) -> torch.dtype:
-    """Return the dtype of a VAE with this config that replaces the base's VAE, for a base in `dtype`."""
-    supports_fp16 = not settings.get("force_upcast", True)
-    # Not bf16, which is too coarse for colours.
-    return torch.float16 if supports_fp16 and dtype != torch.float32 else torch.float32
 
 
 def load_pipeline(config: ModelConfig, device: torch.device, dtype: torch.dtype) -> StableDiffusionXLPipeline:
@@ -107,15 +90,6 @@ def load_pipeline(config: ModelConfig, device: torch.device, dtype: torch.dtype)
     return pipeline
 
 
-@contextmanager
-def base_given_as(setting: str) -> Iterator[None]:
-    """Name `setting` instead of --pretrained_model_name_or_path in errors."""
-    try:
-        yield
-    except ConfigError as error:
-        raise ConfigError(str(error).replace(_SETTING, setting)) from error
-
-
 def check_source(config: ModelConfig) -> None:
     """Raise ConfigError for an invalid base or VAE, by paths and file headers only."""
     path = base_path(config.pretrained_model_name_or_path)
@@ -124,6 +98,22 @@ def check_source(config: ModelConfig) -> None:
     for folder in (*(Path(path, part) for part in PREFIXES), *([] if vae is None else [Path(vae)])):
         for file in sorted(folder.glob("*.safetensors")):
             _header(file, str(file))
+    if Path(path).is_dir():
+        _check_folder(Path(path), config)
+
+
+def _check_folder(folder: Path, config: ModelConfig) -> None:
+    """Raise ConfigError unless the configs of a folder saved by diffusers are those of an SDXL base."""
+    what = _named(config)
+    try:
+        parts = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{what} has no readable model_index.json: {first_line(error)}") from error
+    for part, of_what in (("text_encoder_2", "Stable Diffusion 1 or 2"), ("text_encoder", "SDXL's refiner")):
+        if not any(parts.get(part) or ()):
+            raise ConfigError(f"{what} has no {part}, as {of_what}; choose an SDXL base")
+    unet, vae = part_settings(config, "unet"), part_settings(config, "vae")
+    check_channels(unet.get("in_channels", 4), vae.get("latent_channels", 4), what)
 
 
 def _checked_source(path: str, config: ModelConfig) -> Header:
@@ -242,7 +232,7 @@ def _check_pipeline(pipeline: StableDiffusionXLPipeline, config: ModelConfig) ->
 
 def _with_tiny_name(variant: Variant, pipeline: StableDiffusionXLPipeline) -> Variant:
     """Return the variant, with the name of the tiny base if the sizes are its sizes."""
-    if family_of(pipeline.unet) != TINY_FAMILY:
+    if not labels_of(pipeline.unet).is_demo:
         return variant
     size = pipeline.unet.config.sample_size * pipeline.vae_scale_factor
     return replace(variant, name=title_with_size(TINY_TITLE, size))
@@ -302,4 +292,4 @@ def _modules(pipeline: StableDiffusionXLPipeline) -> tuple[torch.nn.Module, ...]
 
 
 def _named(config: ModelConfig) -> str:
-    return f"{_SETTING}={config.pretrained_model_name_or_path!r}"
+    return f"{SETTING}={config.pretrained_model_name_or_path!r}"

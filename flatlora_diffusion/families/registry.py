@@ -1,0 +1,66 @@
+"""The families by the class of their pipeline; the only file that names a family's package."""
+
+from __future__ import annotations
+
+import json
+from functools import lru_cache
+from typing import TYPE_CHECKING
+
+from flatlora_diffusion.config import ModelConfig, function_at
+from flatlora_diffusion.families.base_title import REMEDY, TINY_TITLE, is_tiny, title_with_size
+from flatlora_diffusion.families.family import Family
+from flatlora_diffusion.families.paths import base_file
+
+if TYPE_CHECKING:
+    import torch
+
+    from flatlora_diffusion.families.base import Base
+
+_USUAL = "StableDiffusionXLPipeline"
+# By `_class_name` in model_index.json. Imported on first use, and without torch: the app names bases with them.
+FAMILIES = {_USUAL: "flatlora_diffusion.families.sdxl.family:SdxlFamily"}
+
+
+def family_of(config: ModelConfig) -> Family:
+    """Return the family of a base by its model_index.json; SDXL for a single file or a base that is not on disk."""
+    file = base_file(config, "model_index.json")
+    try:
+        kind = _USUAL if file is None else str(json.loads(file.read_text(encoding="utf-8"))["_class_name"])
+    except (OSError, ValueError, LookupError, TypeError):  # reported when the base is loaded
+        kind = _USUAL
+    return _family(FAMILIES.get(kind, FAMILIES[_USUAL]))
+
+
+def family_of_pipeline(pipeline: object) -> Family:
+    """Return the family of a loaded pipeline; SDXL for a subclass or another class."""
+    return _family(FAMILIES.get(type(pipeline).__name__, FAMILIES[_USUAL]))
+
+
+def load_base(config: ModelConfig, device: torch.device, dtype: torch.dtype) -> Base:
+    """Load the base onto `device`, frozen and in eval mode. Raises ConfigError if no family can load it."""
+    base: Base = function_at(family_of(config).loader)(config, device, dtype)
+    return base
+
+
+def random_base(config: ModelConfig, device: torch.device, dtype: torch.dtype) -> Base:
+    """Create a base with random weights in the shapes of the base in `config`, without a download."""
+    base: Base = function_at(family_of(config).random_loader)(config, device, dtype)
+    return base
+
+
+def base_title(model: ModelConfig) -> str:
+    """Return `the tiny demo base, 64 pixels`, or another base's name or path with its native image size if known."""
+    name = TINY_TITLE if is_tiny(model) else model.pretrained_model_name_or_path
+    sizes = family_of(model).known_sizes(model)
+    return name if sizes is None else title_with_size(name, sizes.native)
+
+
+def base_line(model: ModelConfig) -> str:
+    """Return `base: ` and the title; for the tiny base also the flag that selects another."""
+    return f"base: {base_title(model)}" + (f"; {REMEDY}" if is_tiny(model) else "")
+
+
+@lru_cache
+def _family(path: str) -> Family:
+    family: Family = function_at(path)()
+    return family
