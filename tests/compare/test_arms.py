@@ -51,12 +51,12 @@ def test_a_wrong_arm_is_refused_by_name(text: str, message: str) -> None:
         parse_arm(text)
 
 
-def test_a_value_that_an_arm_cannot_have_is_told_with_the_arm(config: TrainConfig) -> None:
+def test_an_invalid_value_is_reported_with_its_arm(config: TrainConfig) -> None:
     with pytest.raises(ConfigError, match=r"^--arms lora:rank=5000: rank=5000 is out of range: it must be between 1"):
         plan_runs(config, [parse_arm("lora:rank=4"), parse_arm("lora:rank=5000")], [0], 1)
 
 
-def test_the_runs_of_a_seed_differ_by_their_arms_settings_alone(config: TrainConfig) -> None:
+def test_runs_of_a_seed_differ_only_by_the_settings_of_their_arms(config: TrainConfig) -> None:
     planned = plan_runs(config, [parse_arm("lora"), parse_arm("flat-lora:sigma=0.2")], [3, 4], points=2)
     assert [(one.arm.key, one.seed) for one in planned] == [
         ("lora", 3),
@@ -147,7 +147,7 @@ def test_a_calibrated_run_is_the_run_that_asked_for_it(config: TrainConfig) -> N
 
 
 @pytest.mark.usefixtures("without_a_process")
-def test_a_checkpoint_of_a_stop_is_none_that_other_runs_have_too(config: TrainConfig) -> None:
+def test_a_checkpoint_of_a_stop_is_not_compared(config: TrainConfig) -> None:
     (planned,) = plan_runs(config.replace(max_train_steps=4), [parse_arm("lora")], [0], points=2)
     wanted = list(planned.files)
     train_run(planned)
@@ -156,7 +156,7 @@ def test_a_checkpoint_of_a_stop_is_none_that_other_runs_have_too(config: TrainCo
 
 
 @pytest.mark.usefixtures("without_a_process")
-def test_a_cut_run_goes_on_from_its_checkpoint(config: TrainConfig) -> None:
+def test_a_cut_run_resumes_from_its_checkpoint(config: TrainConfig) -> None:
     (planned,) = plan_runs(config, [parse_arm("lora")], [0], points=2)
     train_run(planned)
     events = [event for event in planned.run.events() if event["event"] != "finished" and event.get("step") != 1]

@@ -40,7 +40,7 @@ def test_each_arm_has_its_changes_up_to_its_result_and_none_of_images_it_held_ou
     assert str(tmp_path) not in str(found)
 
 
-def test_runs_that_measured_nothing_leave_nothing(config: TrainConfig, tmp_path: Path) -> None:
+def test_unmeasured_runs_have_no_rows(config: TrainConfig, tmp_path: Path) -> None:
     planned = trained(config.replace(max_train_steps=1), "plain")
     assert by_image([planned], samples_of(config), [], tmp_path) == {}
     assert not (tmp_path / "training_images").exists()

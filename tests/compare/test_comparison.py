@@ -101,7 +101,7 @@ def number_after(start: str, text: str) -> float:
     return float(text.split(start)[1].split()[0])
 
 
-def test_the_shares_of_the_uncertainty_are_told() -> None:
+def test_the_shares_of_the_uncertainty_are_shown() -> None:
     seeds_alone = [[shift] * 20 for shift in (0.001, 0.002, 0.003)]
     rows = paired_rows(ARMS[:2], ["heldout_loss"], values(0.001, 0.002, 0.003), of_images(*seeds_alone), {})
     assert "100% comes from the seeds and 0% from the images" in verdict(rows, NAMES)
@@ -159,7 +159,7 @@ def test_names_are_found_wherever_the_captions_stand(icons: Path, tmp_path: Path
     assert names_of(tmp_path, load_samples(tmp_path).samples) == {"an icon of a dog": "dog"}
 
 
-def test_material_that_proves_nothing_is_refused(icons: Path, tmp_path: Path) -> None:
+def test_held_out_images_that_prove_nothing_are_refused(icons: Path, tmp_path: Path) -> None:
     mine = icons_config(instance_data_dir=str(icons), instance_prompt="an icon")
     with pytest.raises(ConfigError, match="heldout_dir is missing"):
         read_inputs(mine, CompareConfig())
@@ -175,9 +175,7 @@ def test_material_that_proves_nothing_is_refused(icons: Path, tmp_path: Path) ->
 
 @pytest.mark.parametrize("setting", ["instance_data_dir", "heldout_dir", "forgetting_dir"])
 @pytest.mark.parametrize("output", ["images", "images/out", "."])
-def test_an_experiment_is_not_written_amid_the_images_that_it_reads(
-    icons: Path, tmp_path: Path, setting: str, output: str
-) -> None:
+def test_an_experiment_in_its_image_folder_is_refused(icons: Path, tmp_path: Path, setting: str, output: str) -> None:
     """The grid and the charts would be images of the next comparison."""
     folders = dict.fromkeys(("instance_data_dir", "heldout_dir", "forgetting_dir"), str(icons))
     folders[setting] = str(shutil.copytree(icons, tmp_path / "images"))

@@ -43,7 +43,7 @@ def test_lora_and_flat_lora_have_three() -> None:
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_no_method_is_trained_that_is_not_compared(method: str) -> None:
+def test_only_compared_methods_are_trained(method: str) -> None:
     for arms in ([method], ["lora", method] if method != "lora" else ["lora", "lora:rank=8"], [method, "lora:rank=8"]):
         compared = {parse_arm(text).method for text in arms}
         found = planned(arms).values()
@@ -51,7 +51,7 @@ def test_no_method_is_trained_that_is_not_compared(method: str) -> None:
         assert all(one.config.perturb.method == one.arm.method for one in found)
 
 
-def test_plain_methods_have_only_what_other_draws_do() -> None:
+def test_plain_methods_have_only_the_control_with_other_draws() -> None:
     assert names(["lora", "sam"]) == {"LoRA with other draws": "LoRA"}
     assert names(["sam", "lora"]) == {"SAM with other draws": "SAM"}
     assert names(["flat-lora"]) == {
@@ -68,7 +68,7 @@ def test_a_null_has_the_settings_of_its_arm() -> None:
     assert found[SIGMA_0].arm.name == "Flat-LoRA, rank 8 at sigma 0"
 
 
-def test_sigma_0_is_compared_with_a_lora_that_has_all_else_alike() -> None:
+def test_sigma_0_is_compared_with_a_lora_of_the_same_settings() -> None:
     assert SIGMA_0 not in planned(["lora", "flat-lora:rank=8"])
     assert SIGMA_0 in planned(["lora", "flat-lora:rank=8", "flat-lora:perturb_draw=full"])
     assert SIGMA_0 in planned(["sam", "flat-lora:sigma=0.1", "lora"])

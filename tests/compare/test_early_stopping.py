@@ -37,18 +37,18 @@ def test_a_rise_without_copying_is_not_called_copying() -> None:
     assert "a sign of copying" not in found.why
 
 
-def test_a_run_that_still_improves_is_kept_whole() -> None:
+def test_a_run_that_still_improves_is_not_cut() -> None:
     found = advise(run(1.0, 0.9, 0.8), {0.5: 0.85, 1.0: 0.8, 1.5: 0.799})
     assert (found.checkpoint, found.strength, found.over_fit) == (200, 1.0, False)
 
 
-def test_a_strength_is_suggested_when_it_is_worth_it() -> None:
+def test_a_strength_is_suggested_if_it_helps() -> None:
     found = advise(run(1.0, 0.9, 0.8), {1.0: 0.8, 1.5: 0.75})
     assert (found.checkpoint, found.strength, found.over_fit) == (200, 1.5, False)
     assert "at strength 1.5 the gain over the base grows by 25%" in found.why
 
 
-def test_a_run_worse_than_the_base_is_said_to_be() -> None:
+def test_a_run_worse_than_the_base_is_reported() -> None:
     found = advise(run(1.0, 1.1, 1.2), {1.0: 1.2})
     assert found.over_fit
     assert not advise(run(1.0, 1.0, 1.0), {1.0: 1.0}).over_fit, "it learned nothing"
@@ -60,7 +60,7 @@ def test_a_rise_within_noise_is_no_over_fitting(lost: float) -> None:
     assert not advise(run(1.0, 0.8, 0.8 + lost), {}).over_fit
 
 
-def test_of_a_run_without_checkpoints_no_over_fitting_is_denied() -> None:
+def test_a_run_without_checkpoints_has_no_verdict_on_over_fitting() -> None:
     found = advise(run(1.0, 0.8), {})
     assert (found.checkpoint, found.over_fit) == (100, False)
     assert "no earlier checkpoint" in found.why

@@ -257,7 +257,7 @@ def test_only_what_is_not_here_is_downloaded() -> None:
     assert evidence.downloads(TrainConfig(), CompareConfig()) == ""
 
 
-def test_a_setting_that_is_a_text_is_not_told(tmp_path: Path) -> None:
+def test_text_settings_are_not_published(tmp_path: Path) -> None:
     values = {**TrainConfig().to_dict(), "encoders": [str(tmp_path)], "arms": ["lora"], "token_abstraction": "JANE"}
     public = evidence._public_settings(values)
     assert public["encoders"] == ["another one"]

@@ -65,7 +65,7 @@ def test_nulls_of_any_arm_share_its_first_weights(tmp_path: Path, arms: Sequence
         ({"draws": "others"}, "images, crops, noise and timesteps of every step, seed 0"),
     ],
 )
-def test_each_way_to_differ_is_found(runs: list[PlannedRun], change: dict[str, Any], broken: str) -> None:
+def test_each_difference_is_found(runs: list[PlannedRun], change: dict[str, Any], broken: str) -> None:
     flat = runs[1]
     flat.run.events_file.unlink()
     _write(flat, **{"lora": "weights 4 0", "draws": " 0", "steps": 2, **change})

@@ -30,7 +30,7 @@ def test_the_loss_of_a_group_is_the_mean_of_its_images(evaluator: LossEvaluator,
     )
 
 
-def test_a_lora_counts_by_its_strength_and_is_gone_afterwards(
+def test_a_lora_is_loaded_at_its_strength_and_removed_afterwards(
     evaluator: LossEvaluator, sdxl: Sdxl, lora: Path
 ) -> None:
     base, half, full = evaluator.losses(None), evaluator.losses(lora, 0.5), evaluator.losses(lora)
@@ -50,7 +50,7 @@ def test_captions_are_read_as_in_training(evaluator: LossEvaluator, sdxl: Sdxl, 
     assert found != pytest.approx(evaluator.losses(None)["icons"][UNGROUPED], rel=1e-5)
 
 
-def test_what_was_measured_is_read_back_until_the_file_changes(
+def test_measurements_are_reused_until_the_file_changes(
     evaluator: LossEvaluator, lora: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     copy = tmp_path / "copy.safetensors"
@@ -65,7 +65,7 @@ def test_what_was_measured_is_read_back_until_the_file_changes(
     assert evaluator.losses(copy, 0.5) == {"icons": {UNGROUPED: 3.0, "a": 3.5, "b": 2.0}}
 
 
-def test_the_rises_are_one_per_draw_and_repeatable(
+def test_there_is_one_repeatable_rise_per_draw(
     evaluator: LossEvaluator, sdxl: Sdxl, lora: Path, tmp_path: Path
 ) -> None:
     rises = evaluator.loss_increases(lora, "icons", 0.3, 3)

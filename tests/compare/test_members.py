@@ -27,7 +27,7 @@ def trained(runs: list[PlannedRun], lends: bool) -> list[PlannedRun]:
     return runs
 
 
-def test_the_average_of_a_lent_member_is_that_of_one_trained_anew(
+def test_the_average_with_a_copied_member_equals_that_of_a_trained_member(
     config: TrainConfig, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     arms = ("lora", "lora:members=2")
@@ -43,7 +43,7 @@ def test_the_average_of_a_lent_member_is_that_of_one_trained_anew(
     assert not torch.equal(next(iter(values.values())), next(iter(load_file(lora.lora).values())))
 
 
-def test_a_run_of_other_settings_lends_nothing(config: TrainConfig) -> None:
+def test_a_run_of_other_settings_is_not_copied_as_a_member(config: TrainConfig) -> None:
     runs = planned(config, "lora", "flat-lora:members=2", "lora:members=2,learning_rate=0.001")
     train(runs[0].config)
     for one in runs[1:]:

@@ -264,7 +264,7 @@ def test_a_comparison_of_an_earlier_version_has_no_images(tmp_path: Path) -> Non
         ("pictures", set()),
     ],
 )
-def test_what_is_empty_is_not_shown(key: str, gone: set[str], tmp_path: Path) -> None:
+def test_empty_sections_are_not_shown(key: str, gone: set[str], tmp_path: Path) -> None:
     result = lean(made_up_comparison())
     result[key] = type(result[key])()
     page = written(result, tmp_path)
@@ -364,7 +364,7 @@ def test_nothing_is_fetched(page: Page, markup: str, folder: Path) -> None:
     assert not any(word in markup for word in ("http:", "https:", "url(", "@import", str(folder)))
 
 
-def test_charts_are_told_by_pointer_and_screen_reader_and_share_no_id(page: Page) -> None:
+def test_charts_have_tooltips_and_labels_and_share_no_id(page: Page) -> None:
     minus = "\N{MINUS SIGN}"
     assert f"seed 43: {minus}0.00287" in page.text["differences"]
     assert "Flat-LoRA: 0.1454 at 600" in page.text["trajectories"]

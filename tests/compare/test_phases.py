@@ -166,7 +166,7 @@ def test_the_arms_are_trained_then_drawn_then_measured_then_come_the_nulls(stopp
     assert stopped.happened[-1] == "train sigma-0 compare.png compare.html", "the report is there before the nulls"
 
 
-def test_the_first_lines_say_what_will_be_done_and_name_no_text(stopped: Story) -> None:
+def test_the_first_lines_state_the_plan_without_captions(stopped: Story) -> None:
     summary, *steps = stopped.lines[:8]
     assert summary.startswith("3 images, captions 3/3")
     assert "broken.png" in summary
@@ -182,7 +182,7 @@ def test_the_first_lines_say_what_will_be_done_and_name_no_text(stopped: Story) 
     assert len(set(stopped.lines)) == len(stopped.lines), "no line twice"
 
 
-def test_what_the_trainings_will_take_is_told_anew_by_their_own_steps(stopped: Story, resumed: Story) -> None:
+def test_the_estimate_is_updated_from_measured_steps(stopped: Story, resumed: Story) -> None:
     told = [line for story in (stopped, resumed) for line in story.lines if " trainings done; " in line]
     assert [line[:6] for line in told] == [f"{done} of 5" for done in (1, 2, 3, 4)]
     assert "draw a picture" in stopped.lines[7]
@@ -190,14 +190,14 @@ def test_what_the_trainings_will_take_is_told_anew_by_their_own_steps(stopped: S
     assert "the steps of its earlier runs" in resumed.lines[7]
 
 
-def test_a_report_without_nulls_has_all_else(report_of_arms: dict[str, Any]) -> None:
+def test_a_report_without_controls_has_everything_else(report_of_arms: dict[str, Any]) -> None:
     assert [arm["key"] for arm in report_of_arms["arms"]] == ["lora", "flat-lora"]
     assert report_of_arms["nulls"] == []
     assert report_of_arms["verdict"].startswith("One seed and ")
     assert all(report_of_arms[part] for part in ("paired", "trajectories", "strengths", "advice", "pictures", "proof"))
 
 
-def test_a_stopped_comparison_goes_on_with_nothing_done_twice(stopped: Story, resumed: Story) -> None:
+def test_a_stopped_comparison_resumes_and_repeats_nothing(stopped: Story, resumed: Story) -> None:
     trained = [line.split()[1] for line in resumed.happened if line.startswith("train ")]
     assert trained == ["sigma-0", "other-draws", "second-eps"]
     drawing, arms, nulls = resumed.counted
@@ -208,7 +208,7 @@ def test_a_stopped_comparison_goes_on_with_nothing_done_twice(stopped: Story, re
     )
 
 
-def test_the_whole_report_adds_the_nulls_alone(report_of_arms: dict[str, Any], resumed: Story) -> None:
+def test_the_full_report_only_adds_the_controls(report_of_arms: dict[str, Any], resumed: Story) -> None:
     found = json.loads((resumed.out / "compare.json").read_text(encoding="utf-8"))
     assert {key for key in found if found[key] != report_of_arms[key]} == {"arms", "values", "proof", "nulls"}
     assert len(found["nulls"]) == 4
@@ -216,7 +216,7 @@ def test_the_whole_report_adds_the_nulls_alone(report_of_arms: dict[str, Any], r
     assert set(found["values"]) == {"lora", "flat-lora", "sigma-0", "other-draws", "second-eps"}
 
 
-def test_the_bars_count_all_that_is_done(stopped: Story, resumed: Story) -> None:
+def test_the_progress_bars_count_all_work(stopped: Story, resumed: Story) -> None:
     for story in (stopped, resumed):
         assert all(expected == seen for expected, seen in story.counted), story.counted
         assert story.uncounted == 0

@@ -98,7 +98,7 @@ def test_without_real_images_their_row_is_absent_and_a_missing_one_is_left_blank
     assert len(none) < len(some) == len(all_)
 
 
-def test_all_that_is_shown_stays_within_one_look(tmp_path: Path) -> None:
+def test_the_grid_fits_on_one_screen(tmp_path: Path) -> None:
     few, many = Drawn(tmp_path, PROMPTS[:1]), Drawn(tmp_path, PROMPTS)
     many.training *= 3
     pixels = drawn(many)
@@ -142,9 +142,7 @@ def test_settings_that_a_row_names_are_not_called_the_same(tmp_path: Path, writt
     assert "150 steps" in written[1]
 
 
-def test_prompts_that_were_trained_on_are_not_called_new_and_left_out_images_are_counted(
-    tmp_path: Path, written: list[Any]
-) -> None:
+def test_trained_prompts_are_not_called_new_and_omitted_images_are_counted(tmp_path: Path, written: list[Any]) -> None:
     evaluator = Drawn(tmp_path, PROMPTS[:2])
     evaluator.training *= 2
     comparison_grid(RUNS, evaluator, PROMPTS)  # type: ignore[arg-type]

@@ -76,12 +76,12 @@ def test_the_trainings_are_counted(make: Any) -> None:
     assert "on 3 folds" in trainings(folded)
 
 
-def test_arms_with_steps_of_their_own_are_told_so(make: Any) -> None:
+def test_arms_with_other_steps_are_named(make: Any) -> None:
     lines = list(plan_lines(make("lora", "sam:max_train_steps=4")))
     assert "2 to 4 steps each" in lines[1]
 
 
-def test_what_is_done_is_no_longer_counted(make: Any) -> None:
+def test_finished_work_is_not_counted(make: Any) -> None:
     experiment = make("lora")
     before = disk_bytes(experiment)
     (first,) = experiment.arm_runs
@@ -102,17 +102,17 @@ def test_each_arm_is_counted_with_its_own_rank_and_class_images_once(make: Any, 
     assert disk_bytes(with_images) - disk_bytes(make("lora")) == pytest.approx(1000 * 1.6 * 32**2, rel=0.01)
 
 
-def test_how_long_a_cluster_takes_is_not_guessed(make: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_time_of_a_cluster_is_not_estimated(make: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "check_workers", lambda *_: None)
     monkeypatch.setattr(module, "load_evaluator", lambda *_: pytest.fail("nothing is measured here"))
     assert "cluster" in expected_duration(make("lora", own={"cluster": "auto"}))
 
 
-def test_several_at_once_take_less_than_is_told(make: Any) -> None:
+def test_parallel_trainings_are_said_to_take_less(make: Any) -> None:
     assert "less with 2 trainings in parallel" in expected_duration(make("lora", own={"workers": 2}))
 
 
-def test_a_comparison_that_does_not_fit_on_the_disk_is_not_begun(make: Any, tmp_path: Path) -> None:
+def test_a_comparison_that_does_not_fit_on_the_disk_is_refused(make: Any, tmp_path: Path) -> None:
     needed = disk_bytes(make("lora", "sam"))
     with small_disk(tmp_path / "disk", needed // 1024 - 1) as disk:
         experiment = make("lora", "sam", output_dir=str(disk / "out"))

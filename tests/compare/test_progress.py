@@ -10,7 +10,7 @@ from torch import nn
 from flatlora_diffusion.compare.progress import WorkItem, run_items
 
 
-def test_a_bar_names_what_goes_on_and_how_long_it_takes(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_bar_shows_the_current_work_and_the_time_left(capsys: pytest.CaptureFixture[str]) -> None:
     unet = nn.Identity()
     done: list[str] = []
 

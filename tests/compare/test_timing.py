@@ -42,7 +42,7 @@ def test_before_any_step_a_picture_says_how_long_it_takes(runs: dict[str, Planne
         assert training_seconds([runs[key]], everything, 0.1) == pytest.approx(START + 100 * 6 * passes * 0.1)
 
 
-def test_the_steps_of_an_arm_say_it_better_and_those_of_another_by_their_passes(runs: dict[str, PlannedRun]) -> None:
+def test_times_come_from_the_steps_of_an_arm_or_of_another_by_passes(runs: dict[str, PlannedRun]) -> None:
     take_steps(runs["lora"], [9.0, 2.0, 2.0, 3.0, 2.0])
     everything = list(runs.values())
     assert step_seconds(everything) == {"lora": 2.0}
@@ -52,7 +52,7 @@ def test_the_steps_of_an_arm_say_it_better_and_those_of_another_by_their_passes(
     assert training_seconds([runs["sam:rho=0.1"]], everything, 99.0) == pytest.approx(START + 96 * 4.0)
 
 
-def test_steps_of_other_settings_say_nothing(tmp_path: Path, runs: dict[str, PlannedRun]) -> None:
+def test_steps_of_other_settings_are_not_used(tmp_path: Path, runs: dict[str, PlannedRun]) -> None:
     take_steps(runs["lora"], [2.0] * 5)
     assert step_seconds(list(planned(tmp_path, rank=8).values())) == {}
 

@@ -54,7 +54,7 @@ def draws(planned: PlannedRun) -> list[Any]:
 
 
 @pytest.mark.usefixtures("without_a_process")
-def test_runs_at_once_leave_what_they_leave_one_after_the_other(
+def test_parallel_runs_equal_sequential_runs(
     config: TrainConfig, two: list[PlannedRun], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     alone, places_seen = threading.Lock(), set()
@@ -78,7 +78,7 @@ def test_runs_at_once_leave_what_they_leave_one_after_the_other(
     train_in_parallel(two, 2, None)  # nothing is left
 
 
-def test_members_trained_at_once_have_the_average_of_those_trained_one_after_the_other(
+def test_members_trained_in_parallel_have_the_same_average(
     config: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     alone, commands = threading.Lock(), []
@@ -135,9 +135,7 @@ def test_a_run_that_fails_stops_the_others_and_names_its_log(
 
 
 @pytest.mark.parametrize("raises", [False, True])
-def test_what_has_not_begun_does_not_begin_after_a_failure(
-    two: list[PlannedRun], monkeypatch: pytest.MonkeyPatch, raises: bool
-) -> None:
+def test_no_run_starts_after_a_failure(two: list[PlannedRun], monkeypatch: pytest.MonkeyPatch, raises: bool) -> None:
     begun = []
 
     def run(command: Sequence[str], log: Path) -> int:
@@ -152,7 +150,7 @@ def test_what_has_not_begun_does_not_begin_after_a_failure(
     assert begun == ["lora"]
 
 
-def test_each_place_is_a_device_of_its_own(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_each_slot_has_its_own_device(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,7")
     seen = []
@@ -173,7 +171,7 @@ def test_each_place_is_a_device_of_its_own(monkeypatch: pytest.MonkeyPatch, tmp_
     assert sorted(seen) == ["4", "7"]
 
 
-def test_a_place_runs_a_process_of_its_own_returns_its_code_and_keeps_what_it_says(tmp_path: Path) -> None:
+def test_a_slot_runs_a_process_returns_its_exit_code_and_saves_its_log(tmp_path: Path) -> None:
     code = "import os, sys; print('shown'); sys.stderr.write(os.environ['OMP_NUM_THREADS']); raise SystemExit(3)"
     with worker_slots(2, None) as (number, run):
         assert number == 2
@@ -202,7 +200,7 @@ def test_a_cluster_without_ray_is_refused(monkeypatch: pytest.MonkeyPatch) -> No
     ("settings", "expected"),
     [({}, False), ({"workers": 1}, False), ({"workers": 2}, True), ({"cluster": "auto"}, True)],
 )
-def test_one_worker_is_no_crowd(settings: dict[str, Any], expected: bool) -> None:
+def test_one_worker_trains_sequentially(settings: dict[str, Any], expected: bool) -> None:
     assert CompareConfig(**settings).trains_at_once == expected
 
 

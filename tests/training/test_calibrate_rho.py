@@ -29,9 +29,7 @@ def climbing(config: TrainConfig) -> TrainConfig:
 
 
 @pytest.mark.parametrize("more", [{}, {"gradient_accumulation_steps": 2}], ids=["", "accumulation"])
-def test_an_ascent_by_the_rho_that_is_found_lifts_the_loss_as_was_asked_for(
-    climbing: TrainConfig, more: dict[str, Any]
-) -> None:
+def test_the_calibrated_rho_raises_the_loss_as_requested(climbing: TrainConfig, more: dict[str, Any]) -> None:
     climbing = climbing.replace(**more)
     state = prepare(climbing, samples_of(climbing))
     before = {name: parameter.detach().clone() for name, parameter in state.trainable.items()}
@@ -64,7 +62,7 @@ def ascended(state: TrainState, rho: float) -> float:
     return float(torch.stack(losses).mean())
 
 
-def test_a_run_of_sam_is_the_one_with_the_rho_that_it_found(climbing: TrainConfig, tmp_path: Path) -> None:
+def test_a_calibrated_run_equals_one_with_that_rho(climbing: TrainConfig, tmp_path: Path) -> None:
     calibrated = train(climbing.replace(output_dir=str(tmp_path / "found"), seed=3))
     rho = RunDir(tmp_path / "found").config()["rho"]
     given = climbing.replace(output_dir=str(tmp_path / "given"), seed=3, rho=rho, rho_rise=None)
@@ -72,9 +70,7 @@ def test_a_run_of_sam_is_the_one_with_the_rho_that_it_found(climbing: TrainConfi
     assert all(torch.equal(first[name], second[name]) for name in first | second)
 
 
-def test_a_resumed_run_goes_on_with_the_rho_that_it_began_with(
-    climbing: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_resumed_run_keeps_its_rho(climbing: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = climbing.replace(output_dir=str(tmp_path / "run"), checkpointing_steps=2, seed=3)
     train(run)
     whole = load_file(tmp_path / "run" / LORA_FILE)
@@ -94,7 +90,7 @@ def test_a_given_rho_is_not_calibrated(climbing: TrainConfig, monkeypatch: pytes
     assert state.config.perturb.rho == 0.3
 
 
-def test_a_base_without_a_slope_is_told_of(climbing: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_base_without_a_gradient_is_an_error(climbing: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     state = prepare(climbing, samples_of(climbing))
     monkeypatch.setattr(calibrate_rho.Sketches, "norm", lambda slopes: torch.zeros(()))
     with pytest.raises(RunError, match=r"rho_rise=0.005"):
@@ -111,7 +107,7 @@ def test_steps_whose_gradients_overflow_are_left_out(climbing: TrainConfig, monk
     assert state.config.perturb.rho == pytest.approx(CLIMB * (2 + 4) / (4 + 2))
 
 
-def test_the_scale_of_fp16_is_taken_off(climbing: TrainConfig) -> None:
+def test_the_fp16_loss_scale_is_divided_out(climbing: TrainConfig) -> None:
     usual, scaled = (prepare(climbing, samples_of(climbing)) for _ in range(2))
     scaled.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
     for state in (usual, scaled):

@@ -44,7 +44,7 @@ def test_a_run_begins_only_with_room_for_a_checkpoint_and_the_result(
         assert list(disk.iterdir()) == []
 
 
-def test_with_that_room_it_ends_well(big: TrainConfig, tmp_path: Path) -> None:
+def test_a_run_with_that_disk_space_finishes(big: TrainConfig, tmp_path: Path) -> None:
     with small_disk(tmp_path / "disk", needed(big) + LOGS // 1024) as disk:
         run = RunDir(disk / "run")
         train(big.replace(output_dir=str(run.folder)))
@@ -52,7 +52,7 @@ def test_with_that_room_it_ends_well(big: TrainConfig, tmp_path: Path) -> None:
         assert (run.folder / LORA_FILE).is_file()
 
 
-def test_an_earlier_run_is_not_moved_for_one_that_has_no_room(big: TrainConfig, tmp_path: Path) -> None:
+def test_an_earlier_run_is_not_moved_if_the_disk_is_too_full(big: TrainConfig, tmp_path: Path) -> None:
     with small_disk(tmp_path / "disk", int(1.5 * needed(big))) as disk:
         folder = disk / "run"
         config = big.replace(output_dir=str(folder))
@@ -63,7 +63,7 @@ def test_an_earlier_run_is_not_moved_for_one_that_has_no_room(big: TrainConfig, 
         assert {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()} == before
 
 
-def test_a_run_that_is_resumed_is_looked_at_too(big: TrainConfig, tmp_path: Path) -> None:
+def test_a_resumed_run_is_checked_too(big: TrainConfig, tmp_path: Path) -> None:
     with small_disk(tmp_path / "disk", int(1.5 * needed(big))) as disk:
         config = big.replace(output_dir=str(disk / "run"))
         train(config)
@@ -72,7 +72,7 @@ def test_a_run_that_is_resumed_is_looked_at_too(big: TrainConfig, tmp_path: Path
 
 
 @pytest.mark.parametrize("is_one_disk", [False, True])
-def test_class_images_are_drawn_only_with_room_for_them(
+def test_class_images_are_generated_only_with_enough_disk_space(
     big: TrainConfig, tmp_path: Path, is_one_disk: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The run's disk needs room for both."""
@@ -88,7 +88,7 @@ def test_class_images_are_drawn_only_with_room_for_them(
         assert ("output_dir=" if is_one_disk else "class_data_dir=") in str(refused.value)
 
 
-def test_what_is_needed_and_what_is_free_is_said_in_a_line(
+def test_needed_and_free_space_are_logged_in_one_line(
     big: TrainConfig, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO, "flatlora_diffusion.training.disk_space")
@@ -97,7 +97,7 @@ def test_what_is_needed_and_what_is_free_is_said_in_a_line(
     assert [record.levelname for record in caplog.records if record.name.endswith(".disk_space")] == ["INFO"]
 
 
-def test_checkpoints_that_will_not_all_fit_are_told_of(
+def test_checkpoints_that_do_not_fit_are_warned_of(
     big: TrainConfig, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     few = {"max_train_steps": 8, "checkpointing_steps": 2, "output_dir": str(tmp_path / "disk" / "run")}

@@ -18,7 +18,7 @@ from flatlora_diffusion.training.state import prepare
 from flatlora_diffusion.training.trainer import train
 
 
-def test_out_of_memory_ends_with_what_lowers_it(config: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_out_of_memory_error_ends_with_advice(config: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*_: Any) -> float:
         raise torch.OutOfMemoryError("CUDA out of memory")
 
@@ -28,7 +28,7 @@ def test_out_of_memory_ends_with_what_lowers_it(config: TrainConfig, monkeypatch
 
 
 @pytest.mark.parametrize(("is_main", "fails"), [(True, False), (True, True), (False, False)])
-def test_the_first_process_tells_the_memory_of_its_own_gpu_and_goes_on_if_it_cannot(
+def test_the_first_process_logs_the_memory_of_its_gpu_or_continues_without(
     config: TrainConfig, monkeypatch: pytest.MonkeyPatch, caplog: Any, is_main: bool, fails: bool
 ) -> None:
     gpu, asked = torch.device("cuda", 3), []
@@ -48,7 +48,7 @@ def test_the_first_process_tells_the_memory_of_its_own_gpu_and_goes_on_if_it_can
     assert ("no driver" in caplog.text) is fails
 
 
-def test_out_of_memory_is_said_even_when_the_estimate_fails(
+def test_an_out_of_memory_error_is_reported_even_if_the_estimate_fails(
     config: TrainConfig, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     def full(*_: Any) -> float:
@@ -65,7 +65,7 @@ def test_out_of_memory_is_said_even_when_the_estimate_fails(
 
 
 @pytest.mark.parametrize(("given", "expected"), [(None, "bf16"), ("no", "no")])
-def test_the_memory_is_told_for_the_launcher_s_precision_unless_one_is_given(
+def test_memory_is_estimated_for_the_launcher_s_precision_unless_one_is_given(
     config: TrainConfig, monkeypatch: pytest.MonkeyPatch, given: str | None, expected: str
 ) -> None:
     gpu, precisions = torch.device("cuda", 0), []
@@ -130,7 +130,7 @@ def test_class_images_are_drawn_with_deterministic_kernels_too(
     assert not torch.is_deterministic_algorithms_warn_only_enabled()
 
 
-def test_what_a_method_has_is_looked_at_before_it_is_saved(config: TrainConfig) -> None:
+def test_the_state_of_a_method_is_checked_before_it_is_saved(config: TrainConfig) -> None:
     state = prepare(config.replace(method="bi-lora"), samples_of(config))
     assert failure._is_finite(state)
     with torch.no_grad():

@@ -52,7 +52,7 @@ def test_the_result_is_the_checkpoint_with_the_lowest_loss(
     assert (run.images / "step-2-0.png").is_file()
 
 
-def test_a_run_ends_when_the_loss_falls_no_more(watched: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_ends_when_the_loss_stops_falling(watched: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     set_losses(monkeypatch, 0.3, 0.31, 0.32)
     run = RunDir(train(watched.replace(holdout_patience=2, max_train_steps=9)).parent)
     assert len(steps_of(run, "step")) == 3
@@ -85,7 +85,7 @@ def test_a_resumed_run_chooses_as_the_unbroken_one(watched: TrainConfig, monkeyp
     assert steps_of(run, "finished") == [3, 2]
 
 
-def test_a_checkpoint_that_a_stop_left_unmeasured_is_measured_when_the_run_goes_on(
+def test_a_checkpoint_left_unmeasured_by_a_stop_is_measured_on_resume(
     watched: TrainConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     watched, run = watched.replace(max_train_steps=3), RunDir(Path(watched.run.output_dir))

@@ -40,7 +40,7 @@ def steps_of(run: RunDir, event: str) -> list[int]:
     return [entry["step"] for entry in run.events() if entry["event"] == event]
 
 
-def test_the_run_trains_on_all_images_for_the_steps_that_the_folds_have_found(
+def test_the_run_trains_on_all_images_for_the_steps_chosen_by_the_folds(
     folded: TrainConfig, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, tmp_path: Path
 ) -> None:
     """Its result equals the checkpoint of a run with all steps, bit for bit."""
@@ -73,7 +73,7 @@ def test_the_run_trains_on_all_images_for_the_steps_that_the_folds_have_found(
     assert all(torch.equal(value, expected[name]) for name, value in result.items())
 
 
-def test_folds_that_are_trained_are_kept(
+def test_trained_folds_are_reused(
     folded: TrainConfig, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """A stop file in the run's folder stops the fold at work; the same command goes on, with the drawn seed."""
@@ -102,7 +102,7 @@ def test_folds_that_are_trained_are_kept(
     assert run.config()["seed"] == run.fold(1).config()["seed"]
 
 
-def test_other_images_or_settings_train_the_folds_anew(folded: TrainConfig, icons: Path, tmp_path: Path) -> None:
+def test_other_images_or_settings_train_the_folds_again(folded: TrainConfig, icons: Path, tmp_path: Path) -> None:
     trained = []
 
     def train_fold(config: TrainConfig, run: RunDir, images: SampleSet, fold: Fold) -> Path:
@@ -160,7 +160,7 @@ def test_folds_are_the_same_in_any_order_and_nearly_as_large(config: TrainConfig
         ({"checkpointing_steps": 3}, "checkpointing_steps=3 .*3 steps"),
     ],
 )
-def test_what_folds_cannot_be_together_with_is_said(
+def test_settings_incompatible_with_folds_are_refused(
     folded: TrainConfig, changes: dict[str, int | None], sentence: str
 ) -> None:
     with pytest.raises(ConfigError, match=sentence):

@@ -112,7 +112,7 @@ def test_exactly_the_lora_its_card_and_the_shown_pictures_are_committed(pushed: 
     assert hub.sent_to("/commit/main")[0].path == f"/api/models/{repository}/commit/main"
 
 
-def test_nothing_else_is_so_much_as_mentioned(pushed: tuple[FakeHub, RunDir, str]) -> None:
+def test_no_other_file_is_uploaded_or_named(pushed: tuple[FakeHub, RunDir, str]) -> None:
     for request in pushed[0].requests:
         for word in ("checkpoint", "earlier-", "config.json", "events", "manifest", "class_images", "step-1"):
             assert word not in request.text + request.path
@@ -209,13 +209,13 @@ def test_what_web_uis_show_with_the_file_is_uploaded(tmp_path: Path) -> None:
         ("x" * 120, "x" * 96),
     ],
 )
-def test_the_run_folders_name_is_made_to_fit(folder: str, repository: str) -> None:
+def test_the_run_folder_s_name_is_adapted_to_the_hub(folder: str, repository: str) -> None:
     config = TrainConfig().replace(output_dir=f"/runs/{folder}/")
     assert hub_repository(config) == repository
     assert hub_repository(config.replace(hub_model_id=repository)) == repository  # valid for the hub's own check
 
 
-def test_another_name_than_the_folders_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_an_adapted_name_is_logged(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     run, config = finished_run(tmp_path, name="Ärmel")
     with caplog.at_level("INFO"), pytest.raises(RunError):
         push_to_hub(run, config)
@@ -223,13 +223,13 @@ def test_another_name_than_the_folders_is_said(tmp_path: Path, caplog: pytest.Lo
 
 
 @pytest.mark.parametrize("name", ["my icons", "a/b/c", "a--b", "Ärmel", "/x", ""])
-def test_a_hub_model_id_that_cannot_be_is_refused(name: str) -> None:
+def test_an_invalid_hub_model_id_is_refused(name: str) -> None:
     with pytest.raises(ConfigError, match=r"hub_model_id=.* NAME or OWNER/NAME"):
         hub_repository(TrainConfig().replace(hub_model_id=name))
 
 
 @pytest.mark.parametrize("token", ["hf_secret\n", " hf_secret", "hf_sécret", ""])
-def test_a_token_that_cannot_be_is_refused_without_being_shown(token: str) -> None:
+def test_an_invalid_token_is_refused_without_being_shown(token: str) -> None:
     with pytest.raises(ConfigError, match="hub_token has a blank") as refused:
         hub_repository(TrainConfig().replace(hub_token=token))
     assert "cret" not in str(refused.value)

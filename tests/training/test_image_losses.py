@@ -85,7 +85,7 @@ def test_a_loss_is_the_squared_error_of_the_predicted_noise(measured: TrainConfi
             assert run.image_losses()[0][event][sample.id] == pytest.approx(expected.tolist(), rel=1e-4)
 
 
-def test_a_resumed_run_goes_on_with_the_losses_of_the_unbroken_one(measured: TrainConfig) -> None:
+def test_a_resumed_run_has_the_losses_of_the_unbroken_run(measured: TrainConfig) -> None:
     measured = measured.replace(max_train_steps=4, sigma_ramp_steps=4)
     whole = losses_of(RunDir(train(measured.replace(output_dir=f"{measured.run.output_dir}-whole")).parent))
     run = RunDir(train(measured.replace(max_train_steps=3)).parent)

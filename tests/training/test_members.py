@@ -72,7 +72,7 @@ def test_the_first_member_is_the_run_without_members(trained: TrainConfig, tmp_p
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
-def test_the_run_ends_as_any_run_does(trained: TrainConfig) -> None:
+def test_a_run_of_members_ends_like_any_run(trained: TrainConfig) -> None:
     """Both files, card, sidecar, preview and events of all steps; the metadata describe the average."""
     folder = folder_of(trained)
     with safe_open(folder / "fox.safetensors", framework="pt") as file:
@@ -92,7 +92,7 @@ def test_the_run_ends_as_any_run_does(trained: TrainConfig) -> None:
     assert run.config()["rank"] == trained.adapter.rank
 
 
-def test_a_cut_saves_the_best_of_its_rank_and_says_what_is_lost(
+def test_a_cut_saves_the_best_approximation_of_its_rank_and_logs_the_loss(
     config: TrainConfig, base: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     cut = config.replace(average_rank=2)
@@ -156,7 +156,9 @@ def test_after_a_failure_the_same_command_trains_what_is_missing(
     assert all(torch.equal(result[name], unbroken[name]) for name in unbroken)
 
 
-def test_a_stop_between_members_keeps_what_is_trained(config: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_stop_between_members_keeps_the_trained_members(
+    config: TrainConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
     run, steps = RunDir(folder_of(config)), trainer.train_step
 
     def stopping(state: Any, step: int) -> float:
@@ -172,7 +174,7 @@ def test_a_stop_between_members_keeps_what_is_trained(config: TrainConfig, monke
     assert train(config).is_file()
 
 
-def test_members_are_removed_when_that_is_asked_for(config: TrainConfig) -> None:
+def test_members_are_removed_on_request(config: TrainConfig) -> None:
     path = train(config.replace(members=2, remove_members=True))
     assert path.is_file()
     assert not list(path.parent.glob("member-*"))
@@ -190,9 +192,7 @@ def test_members_are_removed_when_that_is_asked_for(config: TrainConfig) -> None
         {"members": None, "remove_members": True},
     ],
 )
-def test_what_has_no_average_is_refused_before_anything_is_trained(
-    config: TrainConfig, changes: dict[str, Any]
-) -> None:
+def test_settings_without_an_average_are_refused_before_training(config: TrainConfig, changes: dict[str, Any]) -> None:
     name = next(iter(changes)) if changes.get("members", 3) is not None else next(reversed(changes))
     with pytest.raises(ConfigError, match=name):
         config.replace(**changes)

@@ -60,7 +60,7 @@ def card(
     return ModelCard.load(path)
 
 
-def test_a_card_that_cannot_be_written_leaves_the_one_before(run: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_card_keeps_the_previous_card(run: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
     before = card(run, config()).text
 
     def fail(*args: Any) -> None:
@@ -107,7 +107,7 @@ def test_a_plain_lora_is_not_called_flat(run: RunDir) -> None:
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_a_card_says_what_was_done_and_claims_nothing_of_what_came_of_it(run: RunDir, method: str) -> None:
+def test_a_card_describes_the_training_and_makes_no_claims(run: RunDir, method: str) -> None:
     prior = {"with_prior_preservation": True, "class_data_dir": "x", "class_prompt": "an icon"}
     held = {"prior_from_base": True, "class_prompt": "an icon"} if method in ("lora", "flat-lora") else {}
     for settings in (config(method=method, **prior), config(method=method, **held)):
@@ -243,7 +243,7 @@ def test_other_programs_get_the_copy_made_for_them(run: RunDir) -> None:
 
 
 @pytest.mark.parametrize("settings", [{"use_dora": True}, {"adapter": "full", "method": "lora"}])
-def test_what_the_file_for_other_programs_misses_is_said(run: RunDir, settings: dict[str, Any]) -> None:
+def test_the_card_names_what_the_file_for_other_programs_lacks(run: RunDir, settings: dict[str, Any]) -> None:
     run.add_event({"event": "proof", "missed_by_plain_lora": 0.2251})
     assert "missing 22.5 %" in card(run, config(**settings)).text
     run.add_event({"event": "proof", "missed_by_plain_lora": 0.00003})

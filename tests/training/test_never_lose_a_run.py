@@ -81,7 +81,7 @@ def assert_same_lora(first: Path, second: Path) -> None:
     assert all(torch.equal(value, b[key]) for key, value in a.items())
 
 
-def test_a_stop_file_ends_the_run_after_the_step_and_it_goes_on_as_if_nothing_was(
+def test_a_stop_file_ends_the_run_after_the_step_and_it_resumes_bit_for_bit(
     config: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     train(config.replace(output_dir=str(tmp_path / "whole")))
@@ -99,7 +99,7 @@ def test_a_stop_file_ends_the_run_after_the_step_and_it_goes_on_as_if_nothing_wa
     assert_same_lora(run.folder, tmp_path / "whole")
 
 
-def test_a_stop_waits_for_no_preview(config: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_stop_skips_the_previews(config: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
         RunDir, "add_event", lambda self, event, plain=RunDir.add_event: _and_touch(plain, self, event, 1)
     )
@@ -117,7 +117,7 @@ def _and_touch(plain: Any, run: RunDir, event: dict[str, Any], after: int, name:
         (run.folder / name).touch()
 
 
-def test_a_save_file_asks_for_a_checkpoint_and_the_run_goes_on(
+def test_a_save_file_saves_a_checkpoint_and_the_run_continues(
     config: TrainConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(
@@ -173,7 +173,7 @@ def test_a_killed_run_resumes_to_the_same_lora(config: TrainConfig, tmp_path: Pa
     assert_same_lora(tmp_path / "whole", tmp_path / "broken")
 
 
-def test_a_finished_run_is_trained_longer_at_full_sigma_and_a_rate_of_the_new_end(
+def test_a_finished_run_is_extended_at_full_sigma_and_with_the_rate_of_the_new_end(
     config: TrainConfig, caplog: Any
 ) -> None:
     ramped = config.replace(
@@ -208,7 +208,7 @@ def test_a_run_that_was_stopped_follows_a_new_end_with_its_ramp(config: TrainCon
     assert steps[-1]["sigma"] == pytest.approx(0.1 * (1 - math.cos(math.pi * 7 / 8)) / 2)
 
 
-def test_a_finished_run_without_a_checkpoint_is_not_trained_over(config: TrainConfig) -> None:
+def test_a_finished_run_without_a_checkpoint_is_not_overwritten(config: TrainConfig) -> None:
     path = train(config.replace(max_train_steps=1))
     before = path.read_bytes()
     with pytest.raises(ConfigError, match=r"output_dir=.*finished run.* --init_lora"):
@@ -216,7 +216,7 @@ def test_a_finished_run_without_a_checkpoint_is_not_trained_over(config: TrainCo
     assert path.read_bytes() == before
 
 
-def test_a_run_of_epochs_goes_on_for_more_epochs(config: TrainConfig, caplog: Any) -> None:
+def test_a_run_of_epochs_resumes_for_more_epochs(config: TrainConfig, caplog: Any) -> None:
     epochs = config.replace(max_train_steps=None, num_train_epochs=2, checkpointing_steps=3)
     train(epochs)
     again = epochs.replace(resume_from_checkpoint="latest")
@@ -253,7 +253,7 @@ def test_a_full_disk_keeps_the_last_good_checkpoint(config: TrainConfig, monkeyp
     assert (run.folder / LORA_FILE).exists()
 
 
-def test_an_event_that_was_cut_off_costs_only_itself(tmp_path: Path) -> None:
+def test_a_cut_event_loses_only_itself(tmp_path: Path) -> None:
     run = RunDir(tmp_path)
     run.add_event({"event": "step", "step": 0})
     for fragment in (b'{"event": "st', b"\0\0\xff\xfe"):
@@ -301,7 +301,7 @@ def at_the_end(monkeypatch: pytest.MonkeyPatch, act: Callable[[], None]) -> None
     monkeypatch.setattr(Previews, "make", make)
 
 
-def test_previews_that_fail_at_the_end_cost_no_result(
+def test_failing_previews_at_the_end_keep_the_result(
     config: TrainConfig, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     at_the_end(monkeypatch, raising(OSError(errno.ENOSPC, "No space left on device")))
@@ -312,7 +312,7 @@ def test_previews_that_fail_at_the_end_cost_no_result(
     assert (path.parent / "README.md").is_file(), "the card does without them"
 
 
-def test_a_signal_at_the_last_previews_leaves_the_lora_and_its_path_is_told(
+def test_a_signal_during_the_last_previews_leaves_the_lora_and_logs_its_path(
     config: TrainConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     at_the_end(monkeypatch, lambda: signal.raise_signal(signal.SIGINT))
@@ -340,7 +340,7 @@ def test_a_signal_while_the_result_is_saved_waits_until_it_is(
 
 
 @pytest.mark.parametrize("fails", [False, True])
-def test_a_signal_while_a_run_is_put_away_is_heard_when_it_is_and_changes_no_failure(
+def test_a_signal_while_a_run_closes_is_raised_afterwards_and_hides_no_failure(
     config: TrainConfig, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], fails: bool
 ) -> None:
     class Owner:
@@ -401,7 +401,7 @@ def fail_at(monkeypatch: pytest.MonkeyPatch, step: int, act: Callable[[Tensor], 
     monkeypatch.setattr(micro_batches, "diffusion_loss", loss)
 
 
-def test_a_loss_that_is_not_finite_keeps_the_weights_before_it_and_its_advice_can_be_followed(
+def test_a_nonfinite_loss_keeps_the_weights_before_it_and_gives_valid_advice(
     config: TrainConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = config.replace(checkpointing_steps=2, checkpoints_total_limit=1, lr_scheduler="constant")
@@ -433,7 +433,7 @@ def test_a_loss_that_is_not_finite_keeps_the_weights_before_it_and_its_advice_ca
 
 
 @pytest.mark.parametrize("cached", [False, True])
-def test_images_that_vanish_are_named_and_the_weights_are_kept(
+def test_deleted_images_are_named_and_the_weights_are_saved(
     config: TrainConfig, icons: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cached: bool
 ) -> None:
     folder = shutil.copytree(icons, tmp_path / "pictures")
@@ -453,7 +453,7 @@ def test_images_that_vanish_are_named_and_the_weights_are_kept(
         train(config.replace(instance_data_dir=str(folder), cache_latents=cached, alpha_mask_loss=cached))
 
 
-def test_any_other_error_keeps_its_name_and_the_weights(
+def test_any_other_error_is_raised_as_it_is_and_the_weights_are_saved(
     config: TrainConfig, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     fail_at(monkeypatch, 2, raising(ConnectionError("gone")))
@@ -463,7 +463,7 @@ def test_any_other_error_keeps_its_name_and_the_weights(
     assert [path.name for path in RunDir(Path(config.run.output_dir)).checkpoints()] == ["checkpoint-2"]
 
 
-def test_a_tracker_that_fails_costs_the_run_nothing(
+def test_a_failing_tracker_does_not_affect_the_run(
     config: TrainConfig, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr("accelerate.tracking.TensorBoardTracker.log", raising(ConnectionError("no network")))
@@ -550,7 +550,7 @@ def test_a_cache_that_cannot_be_written_is_found_before_the_model_is_loaded(
 # What a run goes on with
 
 
-def test_a_run_goes_on_from_another_working_folder(
+def test_a_run_resumes_from_another_working_folder(
     config: TrainConfig, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(base.parent)

@@ -69,7 +69,7 @@ def test_a_warm_up_longer_than_the_run_is_reported(config: TrainConfig, caplog: 
     assert re.search("lr_warmup_steps=20 .* 11 .* 50 %", caplog.text)
 
 
-def test_the_average_of_the_weights_is_what_is_saved(config: TrainConfig, tmp_path: Path) -> None:
+def test_the_saved_weights_are_the_ema(config: TrainConfig, tmp_path: Path) -> None:
     settings = config.replace(use_ema=True, ema_decay=0.5, max_train_steps=4, checkpointing_steps=2)
     plain = train(config.replace(max_train_steps=4, output_dir=str(tmp_path / "plain")))
     averaged = train(settings.replace(output_dir=str(tmp_path / "averaged")))
@@ -92,7 +92,7 @@ def test_adamw_is_one_kernel_unless_a_scaler_would_have_it_skip_steps(
     assert [group["fused"] for group in optimizer.param_groups] == [fused]
 
 
-def test_lora_plus_lets_each_b_learn_so_many_times_as_fast_as_its_a(config: TrainConfig) -> None:
+def test_lora_plus_multiplies_the_learning_rate_of_each_b(config: TrainConfig) -> None:
     trainable = {
         f"{part}.q.lora_{side}.default.weight": torch.nn.Parameter(torch.zeros(1))
         for part in ("unet", "text_encoder")

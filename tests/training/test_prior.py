@@ -53,7 +53,7 @@ def asked_by_hand(sdxl: Any, unet: Any, batch: Batch, noise: Tensor, timesteps: 
 
 
 @pytest.mark.parametrize("changes", [{}, {"train_text_encoder": True}, {"shuffle_tags": True}])
-def test_a_lora_that_changes_nothing_is_held_by_nothing(config: TrainConfig, changes: dict[str, Any]) -> None:
+def test_an_untrained_lora_has_no_prior_loss(config: TrainConfig, changes: dict[str, Any]) -> None:
     state = prepare(config.replace(**changes), samples_of(config))
     loss = prior_of(state, *drawn(state))
     assert loss.item() == 0
@@ -91,7 +91,7 @@ def test_trained_text_encoders_are_held_to_what_they_were(config: TrainConfig, s
     torch.testing.assert_close(loss, 0.5 * (mine - of_base).square().mean())
 
 
-def test_a_step_adds_it_and_trains_all_that_it_did(config: TrainConfig) -> None:
+def test_a_step_adds_the_prior_loss_and_trains_the_same_parameters(config: TrainConfig) -> None:
     state = prepare(config.replace(method="lora", gradient_checkpointing=True), samples_of(config))
     move_lora(state)
     draws = drawn(state)
@@ -112,6 +112,6 @@ def test_a_step_adds_it_and_trains_all_that_it_did(config: TrainConfig) -> None:
         ({"class_prompt": "a TOK", "train_text_encoder_ti": True}, r"--token_abstraction \(TOK\)"),
     ],
 )
-def test_what_cannot_be_together_is_said(config: TrainConfig, changes: dict[str, Any], sentence: str) -> None:
+def test_incompatible_settings_are_refused(config: TrainConfig, changes: dict[str, Any], sentence: str) -> None:
     with pytest.raises(ConfigError, match=sentence):
         config.replace(**changes)

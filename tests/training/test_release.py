@@ -151,7 +151,7 @@ def test_dora_is_exact_for_diffusers_and_a_plain_lora_for_others(config: TrainCo
     assert proof.get("missed_by_plain_lora", 0) < 1e-4
 
 
-def test_what_the_fold_of_a_dora_misses_is_said(
+def test_the_error_of_folding_a_dora_is_logged(
     config: TrainConfig, base: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(lora_update, "FOLD_RANK", 5)
@@ -261,7 +261,7 @@ def test_the_legacy_hash_is_of_64_kib_behind_the_first_mebibyte(tmp_path: Path) 
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="no umask there")
-def test_who_may_read_the_files_is_the_umask_s_affair(config: TrainConfig) -> None:
+def test_file_permissions_follow_the_umask(config: TrainConfig) -> None:
     state = moved(config)
     old = os.umask(0o027)
     try:
@@ -286,7 +286,7 @@ def without_text_model(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize("damage", [without_alphas, with_encoders_swapped, without_text_model])
-def test_a_wrong_file_would_be_seen(
+def test_a_wrong_file_is_detected(
     config: TrainConfig, base: Path, damage: Callable[[dict[str, Tensor]], dict[str, Tensor]]
 ) -> None:
     state = moved(config.replace(train_text_encoder=True, lora_alpha=10))
@@ -301,7 +301,7 @@ def test_a_wrong_file_would_be_seen(
     assert max(errors) > 0.1
 
 
-def test_a_disk_that_stores_something_else_is_noticed(config: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_disk_that_stores_other_bytes_is_detected(config: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     state = moved(config.replace(lora_alpha=8))
     names = ["my-icons.safetensors", LORA_FILE]
     for name in names:
@@ -339,7 +339,7 @@ def test_a_very_small_or_large_lora_fits_into_fp16(config: TrainConfig, size: fl
 # A whole run
 
 
-def test_a_run_and_its_checkpoints_leave_both_files_and_what_goes_with_them(
+def test_a_run_and_its_checkpoints_have_both_files_and_their_sidecars(
     config: TrainConfig, tmp_path: Path, icons: Path
 ) -> None:
     chosen = config.replace(
@@ -383,9 +383,7 @@ def test_a_new_run_moves_the_files_of_an_earlier_one_aside_whatever_their_name(c
     assert (folder / "foxes.safetensors").exists()
 
 
-def test_a_resumed_run_does_not_overwrite_what_it_has_not_written(
-    config: TrainConfig, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_resumed_run_does_not_overwrite_other_files(config: TrainConfig, caplog: pytest.LogCaptureFixture) -> None:
     folder = train(config.replace(checkpointing_steps=1)).parent
     (folder / "foxes.safetensors").write_bytes(b"the user's")
     again = config.replace(checkpointing_steps=1, resume_from_checkpoint="latest", output_name="foxes")
@@ -411,9 +409,7 @@ def test_the_lora_of_another_run_is_not_overwritten(config: TrainConfig, tmp_pat
     assert (folder / "foxes.safetensors").read_bytes() != other.read_bytes()
 
 
-def test_a_lora_that_no_step_has_moved_is_an_error_unless_it_was_asked_for(
-    config: TrainConfig, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_an_untrained_lora_is_an_error_unless_requested(config: TrainConfig, caplog: pytest.LogCaptureFixture) -> None:
     still = config.replace(lr_scheduler="linear", lr_warmup_steps=100, max_train_steps=1, checkpointing_steps=1)
     with pytest.raises(RunError, match="--learning_rate and --lr_warmup_steps"):
         train(still)

@@ -22,7 +22,7 @@ def of(processes: int = 1, **values: object) -> TrainConfig:
     )
 
 
-def test_what_may_be_left_open_is_settled_and_nothing_else_is_touched() -> None:
+def test_open_settings_are_resolved_and_no_others_change() -> None:
     given, whole = (
         TrainConfig().to_dict(),
         resolve_after_loading(with_seed(TrainConfig()), "bf16", 64, 16, [WIDE], 1).to_dict(),
@@ -32,14 +32,14 @@ def test_what_may_be_left_open_is_settled_and_nothing_else_is_touched() -> None:
     assert (whole["resolution"], whole["mixed_precision"]) == (64, "bf16")
 
 
-def test_a_launcher_s_precision_that_is_not_ours_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unsupported_precision_of_the_launcher_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp8")
     assert with_precision(TrainConfig().replace(mixed_precision="no")).optim.mixed_precision == "no"
     with pytest.raises(ConfigError, match=r"mixed_precision 'fp8'.* --mixed_precision"):
         with_precision(TrainConfig())
 
 
-def test_what_is_settled_stays_as_it_is() -> None:
+def test_given_settings_do_not_change() -> None:
     whole = of(num_train_epochs=5, use_aspect_ratio_buckets=True)
     assert resolve_after_loading(whole, "bf16", 64, 16, [WIDE] * 9, processes=2) == whole
     assert with_seed(whole) is whole
@@ -81,7 +81,7 @@ def test_layers_that_cannot_have_the_adapter_are_refused_before_the_base_is_load
         trainer.train(config.replace(train_text_encoder="lora_block_ranks" in settings, **settings))
 
 
-def test_all_that_is_built_has_the_settled_config(base: Path, icons: Path, tmp_path: Path) -> None:
+def test_all_parts_have_the_resolved_config(base: Path, icons: Path, tmp_path: Path) -> None:
     given = TrainConfig.from_dict(
         {
             "pretrained_model_name_or_path": str(base),

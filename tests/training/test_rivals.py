@@ -178,7 +178,7 @@ def run(request: Any, short: TrainConfig, plain_draws: Callable[..., list[str]])
     return state
 
 
-def test_no_method_and_no_adapter_is_left_out() -> None:
+def test_every_method_and_adapter_is_covered() -> None:
     assert {cell["method"] for cell in CELLS.values()} == set(METHODS)
     assert {cell.get("adapter", "lora") for cell in CELLS.values()} == set(ADAPTERS)
 
@@ -212,7 +212,7 @@ def test_the_base_is_never_written(run: TrainState, base: Path) -> None:
         assert torch.equal(layer.get_base_layer().weight, modules[name].weight), name
 
 
-def test_what_a_checkpoint_holds_goes_on_bit_for_bit(run: TrainState, tmp_path: Path) -> None:
+def test_a_checkpoint_resumes_bit_for_bit(run: TrainState, tmp_path: Path) -> None:
     save_state(run, tmp_path, 2)
     other = prepare(run.config, samples_of(run.config))
     assert load_state(other, tmp_path) == 2

@@ -68,7 +68,7 @@ def test_every_kind_of_noise_has_its_std(config: TrainConfig, settings: dict[str
     assert sigma_zero(state).is_right
 
 
-def test_what_is_wrong_is_told_and_the_run_goes_on(
+def test_a_failed_check_is_logged_and_the_run_continues(
     config: TrainConfig, monkeypatch: pytest.MonkeyPatch, caplog: Any
 ) -> None:
     plain = FullDraw.base_output
@@ -93,7 +93,7 @@ def test_what_is_wrong_is_told_and_the_run_goes_on(
     assert caplog.text.count("self-check, WRONG") == 3
 
 
-def test_a_check_that_fails_itself_ends_nothing(config: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_error_in_a_check_does_not_end_the_run(config: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(*_: Any) -> str:
         raise RuntimeError("no kernel")
 
@@ -104,7 +104,7 @@ def test_a_check_that_fails_itself_ends_nothing(config: TrainConfig, monkeypatch
 
 
 @pytest.mark.parametrize("passes", [0, 2], ids=["plain", "at sigma 0"])
-def test_a_pass_of_the_check_that_fails_ends_nothing(
+def test_an_error_in_a_pass_of_the_check_does_not_end_the_run(
     config: TrainConfig, monkeypatch: pytest.MonkeyPatch, passes: int
 ) -> None:
     whole, made = selfcheck._loss_and_gradients, []
@@ -123,7 +123,7 @@ def test_a_pass_of_the_check_that_fails_ends_nothing(
     assert "step" in {event["event"] for event in RunDir(path.parent).events()}
 
 
-def test_once_is_once_for_each_version_and_device(config: TrainConfig, monkeypatch: Any, tmp_path: Path) -> None:
+def test_the_check_runs_once_per_version_and_device(config: TrainConfig, monkeypatch: Any, tmp_path: Path) -> None:
     begun: list[int] = []
     gpu = torch.device("cuda")
     monkeypatch.setattr(selfcheck, "cached_assets_path", lambda *_, **__: tmp_path)
@@ -140,7 +140,7 @@ def test_once_is_once_for_each_version_and_device(config: TrainConfig, monkeypat
     assert len(begun) == 2
 
 
-def test_one_changed_bit_of_a_frozen_weight_is_seen(config: TrainConfig) -> None:
+def test_one_changed_bit_of_a_frozen_weight_is_detected(config: TrainConfig) -> None:
     unet = prepare(config, samples_of(config)).base.denoiser
     before = hash_frozen_weights([unet])
     weight = next(parameter for parameter in unet.parameters() if not parameter.requires_grad).data
@@ -162,7 +162,7 @@ def test_the_doctor_trains_on_random_weights(tiny_drill: TrainConfig) -> None:
 
 
 @pytest.mark.parametrize("precision", ["no", "bf16"])
-def test_the_doctor_sees_that_sam_lifts_the_loss_of_random_weights(tiny_drill: TrainConfig, precision: str) -> None:
+def test_the_doctor_checks_that_sam_raises_the_loss(tiny_drill: TrainConfig, precision: str) -> None:
     findings = list(
         doctor.gpu_check_findings(tiny_drill.replace(method="sam", rho_rise=CHECK_RHO_RISE, mixed_precision=precision))
     )
@@ -171,7 +171,7 @@ def test_the_doctor_sees_that_sam_lifts_the_loss_of_random_weights(tiny_drill: T
 
 
 @pytest.mark.long
-def test_the_doctor_tries_both_methods_in_settings_that_are_allowed() -> None:
+def test_the_doctor_tries_both_methods_with_valid_settings() -> None:
     flat, sam = gpu_check_configs()
     assert (flat.perturb.method, sam.perturb.method) == ("flat-lora", "sam")
     assert sam.perturb.target_loss_increase == CHECK_RHO_RISE
@@ -181,7 +181,7 @@ def test_the_doctor_tries_both_methods_in_settings_that_are_allowed() -> None:
 
 @pytest.mark.parametrize("method", ["sam", "lora-sam"])
 @pytest.mark.parametrize(("precision", "rho", "is_right"), [("no", 1e-3, True), ("bf16", 1e-5, False)])
-def test_an_ascent_that_half_precision_loses_is_told_in_each_run(
+def test_an_ascent_lost_to_half_precision_is_logged_in_each_run(
     config: TrainConfig, caplog: Any, method: str, precision: str, rho: float, is_right: bool
 ) -> None:
     """On the tiny base, which is sensitive to rho; this check runs on a CPU too."""
@@ -198,7 +198,7 @@ def test_an_ascent_that_half_precision_loses_is_told_in_each_run(
     assert sum(rises) / 3 == pytest.approx(check["found"])
 
 
-def test_an_ascent_is_looked_at_in_the_first_three_steps_that_have_one(config: TrainConfig) -> None:
+def test_the_first_three_ascents_are_checked(config: TrainConfig) -> None:
     """Steps that fp16's scaler skips have none."""
     state = prepare(config.replace(method="sam", max_train_steps=9), samples_of(config))
     state.run.folder.mkdir(parents=True)
@@ -216,7 +216,7 @@ def test_an_ascent_is_looked_at_in_the_first_three_steps_that_have_one(config: T
     assert [(item.name, item.is_right) for item in check.checks] == [("rise", True)]
 
 
-def test_a_step_tells_how_far_its_ascent_has_lifted_the_loss(config: TrainConfig) -> None:
+def test_a_step_logs_the_rise_of_its_ascent(config: TrainConfig) -> None:
     """Compared with the loss at weights moved by hand, and with the norm of their gradient."""
     config = config.replace(method="sam", rho=0.05)
     state = prepare(config, samples_of(config))
@@ -239,7 +239,7 @@ def test_a_step_tells_how_far_its_ascent_has_lifted_the_loss(config: TrainConfig
     assert state.progress.loss_increase.expected == pytest.approx(float(0.05 * length / clean), rel=1e-3)
 
 
-def test_methods_that_do_not_ascend_tell_no_rise(config: TrainConfig) -> None:
+def test_methods_without_ascent_log_no_rise(config: TrainConfig) -> None:
     state = trained(config.replace(method="bi-lora"), steps=1)
     assert state.progress.loss_increase is None
 

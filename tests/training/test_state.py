@@ -30,7 +30,7 @@ def test_sdxl_is_a_frozen_base(config: TrainConfig) -> None:
         assert bool(learns) is (part is pipeline.unet)
 
 
-def test_a_resumed_dora_on_a_half_precision_base_stands_where_it_stood(config: TrainConfig, tmp_path: Path) -> None:
+def test_a_dora_on_a_half_precision_base_resumes_exactly(config: TrainConfig, tmp_path: Path) -> None:
     dora = config.replace(use_dora=True, learning_rate=0.0, mixed_precision="bf16")
     save_state(trained(dora, 1), tmp_path, 1)
     again = prepare(dora, samples_of(config))
@@ -68,7 +68,7 @@ def test_a_base_in_fp32_without_eps_trains_a_plain_lora(config: TrainConfig) -> 
         assert torch.equal(none.trainable[name], value), name
 
 
-def test_a_run_chooses_tf32_as_its_settings_say(config: TrainConfig) -> None:
+def test_tf32_follows_the_settings(config: TrainConfig) -> None:
     before = torch.backends.cuda.matmul.allow_tf32
     try:
         for wanted in (True, False, True):
@@ -85,7 +85,7 @@ def test_a_run_chooses_tf32_as_its_settings_say(config: TrainConfig) -> None:
         ("paper", "report_to='paper'.* tensorboard, wandb, comet_ml, all"),
     ],
 )
-def test_a_tracker_that_is_not_there(config: TrainConfig, report_to: str, message: str) -> None:
+def test_a_missing_tracker_is_an_error(config: TrainConfig, report_to: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         prepare(config.replace(report_to=report_to), samples_of(config))
 

@@ -21,7 +21,7 @@ from flatlora_diffusion.training.state import prepare
 from flatlora_diffusion.training.trainer import train, train_step
 
 
-def test_text_encoders_are_trained_perturbed_and_left_alone_underneath(config: TrainConfig) -> None:
+def test_text_encoders_are_trained_with_eps_and_their_weights_not_written(config: TrainConfig) -> None:
     state = prepare(config.replace(train_text_encoder=True), samples_of(config))
     encoders = [state.base.pipeline.text_encoder, state.base.pipeline.text_encoder_2]
     frozen = [{n: p.detach().clone() for n, p in e.named_parameters() if not p.requires_grad} for e in encoders]

@@ -66,7 +66,7 @@ def test_flat_lora_with_sigma_0_is_plain_lora_bit_for_bit(config: TrainConfig, t
     assert_equal(weights(tmp_path / "lora"), weights(tmp_path / "flat"))
 
 
-def test_lora_and_flat_lora_start_alike_and_see_the_same_draws(
+def test_lora_and_flat_lora_have_the_same_initialization_and_draws(
     config: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: dict[str, list[Any]] = {"lora": [], "flat-lora": []}
@@ -244,7 +244,7 @@ def stds_now(flat: FlatLora) -> Tensor:
     return torch.cat([flat.filter_norms(name) / weight[0].numel() ** 0.5 for name, weight in bases.items()])
 
 
-def test_norms_as_old_as_they_get_by_default_are_off_by_less_than_half_a_percent(config: TrainConfig) -> None:
+def test_norms_of_the_default_interval_are_off_by_less_than_half_a_percent(config: TrainConfig) -> None:
     """Each entry of A and B moves by at most the learning rate in a step of Adam, so ||W'_i|| hardly changes.
 
     This is the worst row of all layers at the default learning rate.
@@ -328,7 +328,7 @@ def prepared_with_a_scaler(config: TrainConfig) -> tuple[TrainState, torch.amp.G
     return replace(state, optimizer=AcceleratedOptimizer(torch.optim.AdamW(groups), scaler=scaler)), scaler
 
 
-def test_the_scaler_of_fp16_leaves_out_a_step_whose_gradient_overflows(config: TrainConfig) -> None:
+def test_the_fp16_scaler_skips_a_step_whose_gradient_overflows(config: TrainConfig) -> None:
     state, scaler = prepared_with_a_scaler(config)
     before = [parameter.detach().clone() for parameter in state.trainable.values()]
     next(iter(state.trainable.values())).register_hook(lambda gradient: torch.full_like(gradient, float("inf")))
@@ -338,9 +338,7 @@ def test_the_scaler_of_fp16_leaves_out_a_step_whose_gradient_overflows(config: T
 
 
 @pytest.mark.parametrize("method", ["nbar", "lora"])
-def test_a_step_that_the_scaler_of_fp16_leaves_out_moves_no_weight_and_no_average(
-    config: TrainConfig, method: str
-) -> None:
+def test_a_skipped_fp16_step_changes_no_weight_and_no_ema(config: TrainConfig, method: str) -> None:
     settings = {} if method == "lora" else {"bar_strength": 10.0}
     state, _ = prepared_with_a_scaler(config.replace(method=method, use_ema=True, **settings))
     assert state.ema is not None
@@ -355,7 +353,7 @@ def test_a_step_that_the_scaler_of_fp16_leaves_out_moves_no_weight_and_no_averag
     assert state.ema.optimization_step == taken == 2
 
 
-def test_the_events_tell_the_loss_scale_of_fp16_and_the_steps_it_leaves_out(
+def test_events_have_the_fp16_loss_scale_and_skipped_steps(
     config: TrainConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     plain, make = micro_batches.diffusion_loss, state_module._accelerator
@@ -378,7 +376,7 @@ def test_the_events_tell_the_loss_scale_of_fp16_and_the_steps_it_leaves_out(
     assert [event["is_skipped"] for event in events] == [True, False, False, False]
 
 
-def test_a_step_of_sam_that_cannot_ascend_is_told_once(
+def test_a_sam_step_without_ascent_is_logged_once(
     config: TrainConfig, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(sam, "_can_ascend", lambda length: False)
@@ -406,7 +404,7 @@ def test_the_scaler_of_fp16_goes_on_in_a_resumed_run(config: TrainConfig, tmp_pa
     assert resumed.state_dict() == scaler.state_dict()
 
 
-def test_a_run_in_fp16_stops_when_20_steps_in_a_row_were_left_out(config: TrainConfig) -> None:
+def test_an_fp16_run_stops_after_20_skipped_steps_in_a_row(config: TrainConfig) -> None:
     state, _ = prepared_with_a_scaler(config)
     state.progress.config = state.config.replace(mixed_precision="fp16")
     overflows = True
@@ -436,9 +434,7 @@ def test_dropout_keeps_the_state_of_no_other_device(
     assert asked == [forked]
 
 
-def test_the_run_folder_tells_the_whole_run_and_neither_an_absolute_path_nor_the_token(
-    config: TrainConfig, tmp_path: Path
-) -> None:
+def test_the_run_folder_records_the_run_without_absolute_paths_and_token(config: TrainConfig, tmp_path: Path) -> None:
     config = config.replace(
         checkpointing_steps=1,
         checkpoints_total_limit=2,
@@ -474,7 +470,7 @@ def test_the_run_folder_tells_the_whole_run_and_neither_an_absolute_path_nor_the
             assert b"thisIsASecret" not in file.read_bytes(), file.name
 
 
-def test_a_folder_with_the_user_s_own_files_is_left_as_it_is(config: TrainConfig, icons: Path, tmp_path: Path) -> None:
+def test_a_folder_with_the_user_s_files_is_not_changed(config: TrainConfig, icons: Path, tmp_path: Path) -> None:
     """Training images in `images` and a README do not belong to a run."""
     project = tmp_path / "project"
     shutil.copytree(icons, project / "images")
@@ -503,7 +499,7 @@ def test_images_are_not_moved_aside_with_an_earlier_run(config: TrainConfig, ico
         ("pretrained_vae_model_name_or_path", "merged/vae"),
     ],
 )
-def test_what_a_run_begins_with_is_not_moved_aside_with_an_earlier_run(
+def test_the_initial_lora_is_not_moved_aside_with_an_earlier_run(
     config: TrainConfig, setting: str, place: str
 ) -> None:
     """Otherwise the run could not be resumed, because it reads the images again."""
@@ -531,9 +527,7 @@ def test_a_merged_pipeline_is_moved_aside_with_its_run_and_another_of_that_name_
 
 
 @pytest.mark.parametrize("output", [".", "run"])
-def test_a_run_that_would_write_among_its_images_does_not_begin(
-    config: TrainConfig, icons: Path, tmp_path: Path, output: str
-) -> None:
+def test_a_run_in_its_image_folder_is_refused(config: TrainConfig, icons: Path, tmp_path: Path, output: str) -> None:
     """The preview next to the LoRA would become a training image of the next run."""
     mine = tmp_path / "mine"
     shutil.copytree(icons, mine)
