@@ -24,5 +24,5 @@ class InThisProcess:
     def __exit__(self, *error: object) -> None:
         pass
 
-    def wait(self) -> int:
+    def wait(self, timeout: float | None = None) -> int:
         return self.code

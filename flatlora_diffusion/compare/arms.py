@@ -10,7 +10,7 @@ import logging
 import os
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -46,6 +46,7 @@ _SHARED_SETTINGS = {*settings_with("is_shared"), *(item.name for item in fields(
 _FIXED_SETTINGS = ("max_train_steps", "checkpointing_steps", "save_dtype")
 
 STOP_INTERVAL = 1.0  # seconds between requests to a run to stop
+_WATCH_INTERVAL = 5.0  # seconds between looks at a run that trains
 
 
 @dataclass(frozen=True)
@@ -85,6 +86,11 @@ class PlannedRun:
         ending = self.run.ending()
         is_complete = ending is not None and ending["event"] == "finished" and self.lora.is_file()
         return is_complete and self._has_same_settings()
+
+    @property
+    def timed_steps(self) -> list[float]:
+        """The seconds of each step that was trained with these settings, also of a run in progress."""
+        return [event["seconds"] for event in self.run.steps()] if self._has_same_settings() else []
 
     @property
     def is_resumable(self) -> bool:
@@ -205,8 +211,11 @@ def run_folder(out: Path, arm: str, seed: int | str) -> Path:
     return out / slug(arm) / f"seed-{seed}"
 
 
-def train_run(planned: PlannedRun) -> None:
+def train_run(planned: PlannedRun, on_wait: Callable[[], None] | None = None) -> None:
     """Train a run in a subprocess by the command line, unless it is finished already.
+
+    Args:
+        on_wait: Called every few seconds while the run trains.
 
     Raises:
         RunError: The training fails.
@@ -220,12 +229,19 @@ def train_run(planned: PlannedRun) -> None:
     environment = {**os.environ, QUIET_VARIABLE: "1"}  # its log lines about the images are the same for all runs
     with subprocess.Popen(training_command(planned), env=environment, stdout=subprocess.DEVNULL) as process:
         try:
-            code = process.wait()
+            code = process.wait() if on_wait is None else _wait(process, on_wait)
         except KeyboardInterrupt:
             _stop_and_wait(planned, process)  # in case Ctrl-C has not reached it; it saves a checkpoint
             raise
     if code != 0:
         raise RunError(f"training {label} ended with exit code {code}; see its message above")
+
+
+def _wait(process: subprocess.Popen[bytes], on_wait: Callable[[], None]) -> int:
+    while True:
+        with suppress(subprocess.TimeoutExpired):
+            return process.wait(_WATCH_INTERVAL)
+        on_wait()
 
 
 def _stop_and_wait(planned: PlannedRun, process: subprocess.Popen[bytes]) -> None:

@@ -2,6 +2,7 @@
 
 ARM/seed-N/           the run folders
 pictures/, measured/  cached pictures and losses
+timing.jsonl          the seconds of each drawing and measurement, written by `evidence`
 compare.png           training images, pictures of the base and of each arm, real images; written before measuring
 compare.html          verdict, pictures, figures with intervals, proof; one file that works offline
 compare.json          every figure and hash
@@ -30,11 +31,11 @@ from flatlora_diffusion.compare.evaluator import OWN_METRICS, TRAIN, MetricValue
 from flatlora_diffusion.compare.experiment import Experiment, read_experiment
 from flatlora_diffusion.compare.fairness_checks import shared_conditions
 from flatlora_diffusion.compare.findings import Trajectories, Values, metrics_table, paired_rows, verdict
+from flatlora_diffusion.compare.forecast import Forecast
 from flatlora_diffusion.compare.inputs import free_gpu_memory
 from flatlora_diffusion.compare.page.page import GRID, PAGE, RESULT, write_compare_page
 from flatlora_diffusion.compare.picture_grid import comparison_grid
 from flatlora_diffusion.compare.plan_lines import plan_lines
-from flatlora_diffusion.compare.progress import run_items
 from flatlora_diffusion.compare.trajectory import TrajectoryPoint
 from flatlora_diffusion.config import CompareConfig, TrainConfig
 from flatlora_diffusion.evaluation.metrics import describe_metrics
@@ -71,17 +72,20 @@ class ComparisonResult(TypedDict):
     versions: dict[str, str]
 
 
-def compare(config: TrainConfig, options: CompareConfig) -> Path:
+def compare(config: TrainConfig, options: CompareConfig, forecast: Forecast | None = None) -> Path:
     """Train all arms and controls below `output_dir`, measure them and write the report; return the folder.
 
     Logs a plan with the expected duration first. Finished runs with the same settings are reused.
+
+    Args:
+        forecast: Logs the expected time of this comparison and of later ones as their speeds are measured.
 
     Raises:
         ConfigError: The input is wrong, the runs are not comparable, or there is not enough disk space.
         RunError: A training fails.
     """
     with lock_folder(Path(config.run.output_dir), "output_dir"):
-        experiment = read_experiment(config, options)
+        experiment = read_experiment(config, options, forecast)
         for line in plan_lines(experiment):
             logger.info("%s", line)
         return _compare(experiment)
@@ -105,7 +109,7 @@ def _evaluate_arms(experiment: Experiment) -> ComparisonResult:
     out = experiment.out
     evaluator, base = experiment.evaluator(experiment.arm_runs)
     logger.info("Drawing the same prompts with the base and each LoRA")
-    run_items(base.denoiser, experiment.drawing_items(evaluator))
+    experiment.run_items(base.denoiser, experiment.drawing_items(evaluator))
     pictures = _pictures(experiment.first_runs, evaluator)
     captions = {sample.caption for sample in experiment.inputs.sets[TRAIN].samples}
     grid = comparison_grid(experiment.first_runs, evaluator, captions)
@@ -113,7 +117,7 @@ def _evaluate_arms(experiment: Experiment) -> ComparisonResult:
         grid.save(temporary, format="PNG")
     logger.info("Look at %s", out / GRID)
     logger.info("Measuring the base and each LoRA")
-    run_items(base.denoiser, experiment.measurement_items(evaluator))
+    experiment.run_items(base.denoiser, experiment.measurement_items(evaluator))
     result = _measure(experiment, evaluator, pictures)
     _write(out, result)
     logger.info("Look at %s%s", out / PAGE, ", still without the controls" if experiment.control_runs else "")
@@ -124,7 +128,7 @@ def _evaluate_controls(experiment: Experiment, result: ComparisonResult) -> None
     """Measure the controls and write the complete report."""
     evaluator, base = experiment.evaluator(experiment.runs)
     logger.info("Measuring the controls")
-    run_items(base.denoiser, experiment.control_items(evaluator))
+    experiment.run_items(base.denoiser, experiment.control_items(evaluator))
     values = {
         arm: {int(seed): of_run for seed, of_run in by_seed.items()} for arm, by_seed in result["values"].items()
     }

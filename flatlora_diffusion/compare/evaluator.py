@@ -232,7 +232,9 @@ class RunEvaluator:
 
     def _drawing(self, label: str, lora: Path | None, keys: Sequence[Key], strength: float = 1.0) -> WorkItem:
         model = lora, keys, strength
-        return WorkItem(label, self._generator.passes(*model), partial(self._generator.generate, *model))
+        passes = self._generator.passes(*model)
+        pictures = passes // self._generator.passes_per_picture
+        return WorkItem(label, passes, partial(self._generator.generate, *model), pictures)
 
     def _losses(self, lora: Path | None, strength: float) -> MetricValues:
         by_set = self._loss_evaluator.losses(lora, strength)

@@ -6,7 +6,7 @@ import json
 import logging
 import platform
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, Literal
@@ -19,9 +19,9 @@ from flatlora_diffusion.compare.arms import run_folder
 from flatlora_diffusion.compare.comparison import compare
 from flatlora_diffusion.compare.evidence_check import SCHEMA
 from flatlora_diffusion.compare.evidence_defaults import BASE, DOWNLOADS, PARTS, Part
-from flatlora_diffusion.compare.experiment import read_experiment
+from flatlora_diffusion.compare.experiment import plan_experiment
+from flatlora_diffusion.compare.forecast import Forecast, PlannedPart, measured_speeds
 from flatlora_diffusion.compare.inputs import free_gpu_memory
-from flatlora_diffusion.compare.plan_lines import expected_seconds
 from flatlora_diffusion.compare.timing import duration_text
 from flatlora_diffusion.config import TINY, CompareConfig, EvidenceConfig, TrainConfig, choices_of, setting_hints
 from flatlora_diffusion.families.device import has_bf16
@@ -49,26 +49,39 @@ def evidence(config: TrainConfig, options: EvidenceConfig, parts: Sequence[Part]
     Raises:
         ConfigError, RunError: As `compare`.
     """
-    start_time = time.monotonic()
+    forecast = Forecast(
+        [_planned(config, part, options) for part in parts], Path(config.run.output_dir), _clock(options.hours)
+    )
     note = downloads(config, options)
     if note:
         logger.info("%s", note)
     for number, part in enumerate(parts, 1):
         comparison = options_of(part, options)
-        if number > 1 and options.hours is not None:
-            needed = expected_seconds(read_experiment(config, comparison))
-            left = 3600 * options.hours - (time.monotonic() - start_time)
-            if sum(needed) > left:
-                text = f"takes about {duration_text(sum(needed))}, and {duration_text(max(left, 0))} are left"
+        left = forecast.seconds_left()
+        if number > 1 and left is not None:
+            needed = forecast.part_seconds()[number - 1]
+            if needed > left:
+                text = f"takes about {duration_text(needed)}, and {duration_text(max(left, 0))} are left"
                 logger.info("Part %d of %d, %s, %s: repeat the command to run it", number, len(parts), part.name, text)
                 break
         logger.info("Part %d of %d: %s", number, len(parts), part.name)
-        folder = compare(config, comparison)
+        folder = compare(config, comparison, forecast)
         file = folder / FILE
         write_json(file, public_figures(folder))
         logger.info("%s has the figures of %s", file, part.name)
         free_gpu_memory()  # for the trainings of the next part
     return file
+
+
+def _planned(config: TrainConfig, part: Part, options: EvidenceConfig) -> PlannedPart:
+    plan = plan_experiment(config, options_of(part, options))
+    return PlannedPart(part.name, plan.arm_runs, plan.control_runs)
+
+
+def _clock(hours: float | None) -> Callable[[], float | None]:
+    """Return a function that returns the seconds left of `hours` from now."""
+    start = time.monotonic()
+    return lambda: None if hours is None else 3600 * hours - (time.monotonic() - start)
 
 
 def settings_for_gpu(config: TrainConfig, gpu: Literal["t4"] | None, is_rehearsal: bool = False) -> TrainConfig:
@@ -126,6 +139,7 @@ def public_figures(folder: Path) -> dict[str, Any]:
         "nulls": result["nulls"],
         "is_alike": all(condition["holds"] for condition in result["proof"]),
         "runs": [_run_figures(run) for run in runs],
+        "speeds": {kind: speed._asdict() for kind, speed in measured_speeds(folder).items()},
     }
 
 

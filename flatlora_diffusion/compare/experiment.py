@@ -6,15 +6,19 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
+
+from torch import nn
 
 from flatlora_diffusion.compare.arms import Arm, PlannedRun, parse_arm, plan_runs, train_run
 from flatlora_diffusion.compare.controls import Control, make_controls
 from flatlora_diffusion.compare.evaluator import BASE, RunEvaluator
+from flatlora_diffusion.compare.forecast import Forecast
 from flatlora_diffusion.compare.inputs import Inputs, load_evaluator, read_inputs
 from flatlora_diffusion.compare.members import copy_shared_members
 from flatlora_diffusion.compare.parallel import train_in_parallel
 from flatlora_diffusion.compare.picture_grid import grid_items
-from flatlora_diffusion.compare.progress import WorkItem
+from flatlora_diffusion.compare.progress import WorkItem, run_items
 from flatlora_diffusion.compare.timing import duration_text, training_seconds
 from flatlora_diffusion.compare.worker_slots import check_workers
 from flatlora_diffusion.config import CompareConfig, ConfigError, TrainConfig
@@ -33,6 +37,7 @@ class Experiment:
     Attributes:
         arm_runs: The runs of the arms, seed by seed.
         control_runs: The runs of the controls, of the first seed.
+        forecast: Logs the expected time while the runs are trained and measured.
     """
 
     config: TrainConfig
@@ -42,6 +47,7 @@ class Experiment:
     arm_runs: Sequence[PlannedRun]
     controls: Sequence[Control]
     control_runs: Sequence[PlannedRun]
+    forecast: Forecast | None = None
 
     @property
     def out(self) -> Path:
@@ -64,13 +70,24 @@ class Experiment:
             for planned in runs:
                 is_new = not planned.is_finished
                 copy_shared_members(planned, self.runs)
-                train_run(planned)
+                train_run(planned, None if self.forecast is None else self.forecast.watch)
                 if is_new:
                     self._log_remaining_time()
         finished = read_runs([str(planned.run.folder) for planned in self.runs if planned.is_finished])
         check_images(finished[0], load_training_set(self.config.data))
 
+    def run_items(self, denoiser: nn.Module, items: Sequence[WorkItem]) -> None:
+        """Draw and measure `items`."""
+        if self.forecast is None:
+            run_items(denoiser, items)
+        else:
+            run_items(denoiser, items, self.forecast.item_done)
+            self.forecast.log()
+
     def _log_remaining_time(self) -> None:
+        if self.forecast is not None:
+            self.forecast.log()
+            return
         pending = [planned for planned in self.runs if not planned.is_finished]
         if pending:
             duration = duration_text(training_seconds(pending, self.runs, 0.0))
@@ -84,6 +101,8 @@ class Experiment:
             config = config.replace(mixed_precision=trained[0].run.config()["mixed_precision"])  # chosen by accelerate
         evaluator, base = load_evaluator(config, self.runs, self.inputs)
         _check_same_base(config, base, trained)
+        if self.forecast is not None:
+            self.forecast.count(evaluator)
         return evaluator, base
 
     def drawing_items(self, evaluator: RunEvaluator) -> list[WorkItem]:
@@ -101,17 +120,32 @@ class Experiment:
         return [item for planned in self.control_runs for item in evaluator.control_items(planned)]
 
 
-def read_experiment(config: TrainConfig, options: CompareConfig) -> Experiment:
-    """Plan the experiment of the settings and read its inputs. Raises ConfigError for invalid settings or images."""
-    check_workers(options.workers, options.cluster)
+class Plan(NamedTuple):
+    """The arms and controls of an experiment with their runs."""
+
+    arms: Sequence[Arm]
+    arm_runs: Sequence[PlannedRun]
+    controls: Sequence[Control]
+    control_runs: Sequence[PlannedRun]
+
+
+def plan_experiment(config: TrainConfig, options: CompareConfig) -> Plan:
+    """Plan the runs of the settings. Raises ConfigError for invalid settings."""
     seed = config.run.seed
     assert seed is not None
     arms = [parse_arm(text) for text in options.arms]
     arm_runs = plan_runs(config, arms, range(seed, seed + options.num_seeds), options.num_checkpoints)
     controls = make_controls(arms, seed, config.adapter.lora_init_seed) if options.controls else []
     control_runs = plan_runs(config, [control.arm for control in controls], [seed], options.num_checkpoints)
+    return Plan(arms, arm_runs, controls, control_runs)
+
+
+def read_experiment(config: TrainConfig, options: CompareConfig, forecast: Forecast | None = None) -> Experiment:
+    """Plan the experiment of the settings and read its inputs. Raises ConfigError for invalid settings or images."""
+    check_workers(options.workers, options.cluster)
+    plan = plan_experiment(config, options)
     inputs = read_inputs(config, options)  # last, because it takes longest
-    return Experiment(config, options, inputs, arms, arm_runs, controls, control_runs)
+    return Experiment(config, options, inputs, *plan, forecast)
 
 
 def _check_same_base(config: TrainConfig, base: Base, runs: Sequence[PlannedRun]) -> None:

@@ -45,10 +45,15 @@ class PictureGenerator:
 
     def passes(self, lora: Path | None, keys: Sequence[Key], strength: float = 1.0) -> int:
         """The samples that `generate` passes through the UNet, 0 if all pictures are cached."""
-        _, steps, guidance = self._settings
         exists = lora is None or lora.is_file()
         missing = sum(not file.is_file() for file in self.files(lora, keys, strength)) if exists else len(keys)
-        return missing * steps * (2 if guidance > 1 else 1)
+        return missing * self.passes_per_picture
+
+    @property
+    def passes_per_picture(self) -> int:
+        """The samples that a picture passes through the UNet."""
+        _, steps, guidance = self._settings
+        return steps * (2 if guidance > 1 else 1)
 
     def files(self, lora: Path | None, keys: Sequence[Key], strength: float = 1.0) -> list[Path]:
         """The cache files of `keys`, drawn or not."""

@@ -37,6 +37,8 @@ def plan_lines(experiment: Experiment) -> Iterator[str]:
     yield _trainings_line(experiment)
     yield _disk_line(experiment)
     yield expected_duration(experiment)
+    if experiment.forecast is not None:
+        yield from experiment.forecast.lines()
 
 
 def expected_duration(experiment: Experiment) -> str:
@@ -60,6 +62,8 @@ def expected_seconds(experiment: Experiment) -> tuple[float, float]:
     """
     evaluator, base = experiment.evaluator([planned for planned in experiment.arm_runs if planned.is_finished])
     pass_seconds = seconds_per_pass(base, experiment.config.data.resolution or base.resolution)
+    if experiment.forecast is not None:
+        experiment.forecast.pass_seconds = pass_seconds
     drawing = sum(item.passes for item in experiment.drawing_items(evaluator))
     items = [*experiment.measurement_items(evaluator), *experiment.control_items(evaluator)]
     until_grid = training_seconds(experiment.arm_runs, experiment.runs, pass_seconds) + drawing * pass_seconds

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,15 +15,29 @@ _BAR_FORMAT = "{desc}: {percentage:3.0f}% |{bar:20}| {elapsed} elapsed, about {r
 
 @dataclass(frozen=True)
 class WorkItem:
-    """A measurement or drawing that passes `passes` samples through the UNet, 0 if its result is cached."""
+    """A measurement or drawing that passes `passes` samples through the UNet, 0 if its result is cached.
+
+    `pictures` is the number of pictures that it draws, 0 for a measurement of losses.
+    """
 
     label: str
     passes: int
     run: Callable[[], object]
+    pictures: int = 0
 
 
-def run_items(denoiser: nn.Module, items: Sequence[WorkItem]) -> None:
-    """Run the items that are not cached, with a progress bar that advances with every pass of the denoiser."""
+def _ignore(item: WorkItem, seconds: float) -> None:
+    pass
+
+
+def run_items(
+    denoiser: nn.Module, items: Sequence[WorkItem], on_done: Callable[[WorkItem, float], None] = _ignore
+) -> None:
+    """Run the items that are not cached, with a progress bar that advances with every pass of the denoiser.
+
+    Args:
+        on_done: Called with each item that has run and its seconds.
+    """
     pending = [item for item in items if item.passes]
     total = sum(item.passes for item in pending)
     if not pending:
@@ -36,7 +51,9 @@ def run_items(denoiser: nn.Module, items: Sequence[WorkItem]) -> None:
         try:
             for item in pending:
                 bar.set_description_str(item.label)
+                start = time.perf_counter()
                 item.run()
+                on_done(item, time.perf_counter() - start)
         finally:
             hook.remove()
         bar.update(total - bar.n)

@@ -19,8 +19,7 @@ def step_seconds(runs: Sequence[PlannedRun]) -> dict[str, float]:
     """The median seconds per step of each arm that has steps in one of `runs`, by the arm's key."""
     seconds: dict[str, list[float]] = {}
     for planned in runs:
-        if planned.is_resumable or planned.is_finished:
-            seconds.setdefault(planned.arm.key, []).extend(event["seconds"] for event in planned.run.steps())
+        seconds.setdefault(planned.arm.key, []).extend(planned.timed_steps)
     return {arm: statistics.median(values) for arm, values in seconds.items() if values}
 
 
@@ -37,7 +36,7 @@ def training_seconds(pending: Sequence[PlannedRun], runs: Sequence[PlannedRun], 
     passes = {planned.arm.key: _passes_per_step(planned) for planned in runs}
     if known:
         pass_seconds = statistics.fmean(seconds / passes[arm] for arm, seconds in known.items())
-    return sum(_run_seconds(planned, known, pass_seconds) for planned in pending)
+    return sum(_run_seconds(planned, runs, known, pass_seconds) for planned in pending)
 
 
 def seconds_per_pass(base: Base, resolution: int) -> float:
@@ -58,13 +57,27 @@ def duration_text(seconds: float) -> str:
     return f"{seconds / 60:.0f} minutes" if seconds < 5400 else f"{seconds / 3600:.1f} hours"
 
 
-def _run_seconds(planned: PlannedRun, known: Mapping[str, float], pass_seconds: float) -> float:
+def _run_seconds(
+    planned: PlannedRun, runs: Sequence[PlannedRun], known: Mapping[str, float], pass_seconds: float
+) -> float:
     """The remaining time of a run, including the trainings of its folds or members."""
     if planned.is_finished:
         return 0
     seconds = known.get(planned.arm.key, pass_seconds * _passes_per_step(planned))
-    trainings = planned.config.data.holdout_folds + planned.config.average.trainings
+    trainings = planned.config.data.holdout_folds + planned.config.average.trainings - _shares_member(planned, runs)
     return _START_SECONDS + trainings * planned.remaining_steps * seconds
+
+
+def _shares_member(planned: PlannedRun, runs: Sequence[PlannedRun]) -> bool:
+    """Whether the first member of an average is one of `runs`, from which it is copied."""
+    if planned.config.average.members is None:
+        return False
+    places = ("output_dir", "output_name")
+    return any(
+        planned.config.replace(members=None, **{name: getattr(other.config.run, name) for name in places})
+        == other.config
+        for other in runs
+    )
 
 
 def _passes_per_step(planned: PlannedRun) -> float:

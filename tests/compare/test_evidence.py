@@ -20,6 +20,7 @@ from flatlora_diffusion.compare import evidence
 from flatlora_diffusion.compare.arms import run_folder
 from flatlora_diffusion.compare.evidence_check import COLUMNS, KEYS, MAX_BYTES, SCHEMA, read_evidence, report_row
 from flatlora_diffusion.compare.evidence_defaults import BASE_FLAGS, DEFAULTS, ENCODERS, PARTS, Part
+from flatlora_diffusion.compare.forecast import Forecast
 from flatlora_diffusion.compare.rehearsal import disk_bytes, phases, rehearsal_lines
 from flatlora_diffusion.config import CompareConfig, ConfigError, EvidenceConfig, TrainConfig
 from flatlora_diffusion.memory.estimate import GIB, in_gib
@@ -98,6 +99,15 @@ def test_each_part_adds_to_the_one_before_and_its_figures_name_nobody(
     assert "5 trainings in all; 2 are done" in caplog.text
     assert f"on disk in {tmp_path / 'janes_run'}" in caplog.text
     assert "on this machine" in caplog.text, "how long it takes"
+    lines = [record.message for record in caplog.records]
+    (last,) = [line for line in lines if line.startswith("Measured: ")][-1:]
+    assert last.count(" s per step of ") >= 2
+    assert " s per picture" in last
+    assert " s per loss" in last
+    assert any(line.startswith("Part 2 of 2, controls: about ") for line in lines)
+    assert not any("Part" in line for line in lines[lines.index(last) + 1 :]), "nothing is left at the end"
+    assert content["speeds"]["pictures"]["seconds"] > 0
+    assert content["speeds"]["losses"]["number"] > 0
     assert report_row(content).count("|") == len(COLUMNS) + 1
 
 
@@ -106,16 +116,16 @@ def test_a_part_that_would_end_too_late_does_not_start(
 ) -> None:
     compared: list[tuple[str, ...]] = []
 
-    def compare(config: TrainConfig, options: CompareConfig) -> Path:
+    def compare(config: TrainConfig, options: CompareConfig, forecast: Forecast) -> Path:
         compared.append(options.arms)
         return tmp_path
 
     monkeypatch.setattr(evidence, "compare", compare)
     monkeypatch.setattr(evidence, "public_figures", lambda folder: {})
-    monkeypatch.setattr(evidence, "read_experiment", lambda config, options: options)
-    monkeypatch.setattr(evidence, "expected_seconds", lambda options: (1800.0 * len(options.arms), 60.0))
+    monkeypatch.setattr(Forecast, "part_seconds", lambda self: [1800.0 * len(part.arms) + 60.0 for part in PARTS])
+    config = TrainConfig().replace(max_train_steps=500, seed=0, output_dir=str(tmp_path))
     with caplog.at_level("INFO"):
-        evidence.evidence(TrainConfig(), EvidenceConfig(hours=2))
+        evidence.evidence(config, EvidenceConfig(hours=2))
     assert compared == [part.arms for part in PARTS[:3]], "four arms of half an hour and a minute are too many"
     assert "hours" in caplog.text
     assert PARTS[3].name in caplog.text

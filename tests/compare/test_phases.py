@@ -14,7 +14,7 @@ from PIL import Image, ImageOps
 from torch import nn
 
 from flatlora_diffusion.commands.command_line import main
-from flatlora_diffusion.compare import comparison, evaluator, experiment, inputs, losses, pictures
+from flatlora_diffusion.compare import evaluator, experiment, inputs, losses, pictures
 from flatlora_diffusion.compare.arms import PlannedRun
 from flatlora_diffusion.compare.progress import WorkItem, run_items
 from flatlora_diffusion.training.trainer import train
@@ -55,7 +55,7 @@ class Stop(KeyboardInterrupt):
 def watch(story: Story, patch: pytest.MonkeyPatch, is_stopped: bool) -> None:
     """Have `story` tell of trainings, measurements and drawings; the first null to be trained may stop it all."""
 
-    def trained(planned: PlannedRun) -> None:
+    def trained(planned: PlannedRun, on_wait: None) -> None:
         if planned.is_finished:
             story.tell(f"{planned.arm.key} is there")
             return
@@ -95,7 +95,7 @@ def watch(story: Story, patch: pytest.MonkeyPatch, is_stopped: bool) -> None:
     patch.setattr(evaluator, "INCREASE_DRAWS", 1)
     patch.setattr(inputs, "PictureGenerator", partial(pictures.PictureGenerator, steps=2))
     patch.setattr(experiment, "train_run", trained)
-    patch.setattr(comparison, "run_items", counted)
+    patch.setattr(experiment, "run_items", counted)
 
 
 def told(out: Path, base: Path, images: Path, is_stopped: bool = False) -> Story:

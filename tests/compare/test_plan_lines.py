@@ -126,7 +126,7 @@ def test_a_comparison_that_does_not_fit_on_the_disk_is_refused(make: Any, tmp_pa
 def test_the_command_says_so_in_one_sentence(
     make: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def fail(_: PlannedRun) -> None:
+    def fail(_: PlannedRun, on_wait: None) -> None:
         pytest.fail("it was begun")
 
     monkeypatch.setattr(module, "train_run", fail)
