@@ -10,7 +10,7 @@ from flatlora_diffusion.storage.model_paths import check_models
 
 
 def check_start(config: TrainConfig) -> None:
-    """Raises ConfigError for anything but a supported base, VAE or LoRA, judged by paths and headers.
+    """Raise ConfigError for an unsupported base, VAE, LoRA or setting, by paths and headers only.
 
     Names on the hub are not checked.
     """
@@ -21,4 +21,6 @@ def check_start(config: TrainConfig) -> None:
     check_models(config.model, config.adapter.init_lora)
     if config.adapter.init_lora is not None:
         read_header(lora_path(Path(config.adapter.init_lora)))
-    family_of(config.model).check_source(config.model)
+    family = family_of(config.model)
+    family.check_settings(config)
+    family.check_source(config.model)

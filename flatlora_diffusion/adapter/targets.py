@@ -43,7 +43,15 @@ _UNET = TargetSets(
     # Other tools have no names for LoRAs of conv_in, conv_out, time_embedding and add_embedding.
     body=("down_blocks.", "mid_block.", "up_blocks."),
 )
-TARGET_SETS = {"UNet2DConditionModel": _UNET}
+_FLUX2 = TargetSets(
+    title="transformer",
+    # As in diffusers' training script: the image's attention, and in single blocks their feed-forward part too.
+    attention=("attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0", "attn.to_qkv_mlp_proj", "attn.to_out"),
+    feed_forward=("ff.linear_in", "ff.linear_out", "ff_context.linear_in", "ff_context.linear_out"),
+    # ComfyUI has no names for LoRAs of the embedders, the modulations and the output.
+    body=("transformer_blocks.", "single_transformer_blocks."),
+)
+TARGET_SETS = {"UNet2DConditionModel": _UNET, "Flux2Transformer2DModel": _FLUX2}
 
 
 def target_sets(denoiser: Any) -> TargetSets:

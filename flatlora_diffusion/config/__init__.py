@@ -43,6 +43,7 @@ from flatlora_diffusion.config.methods import (
 )
 from flatlora_diffusion.config.model import (
     DENOISERS as DENOISERS,
+    KLEIN as KLEIN,
     SDXL as SDXL,
     TEXT_PARTS as TEXT_PARTS,
     TINY as TINY,
@@ -54,6 +55,7 @@ from flatlora_diffusion.config.optim import (
     LossType as LossType,
     ObjectiveConfig as ObjectiveConfig,
     OptimConfig as OptimConfig,
+    WeightingScheme as WeightingScheme,
 )
 from flatlora_diffusion.config.perturb import (
     DrawKind as DrawKind,

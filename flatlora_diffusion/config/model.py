@@ -9,6 +9,7 @@ from flatlora_diffusion.config.setting import Section, setting
 
 PredictionType = Literal["epsilon", "v_prediction"]
 SDXL = "stabilityai/stable-diffusion-xl-base-1.0"
+KLEIN = "black-forest-labs/FLUX.2-klein-base-4B"
 TINY = "tiny"  # name of the included small base
 DENOISERS = ("unet", "transformer")  # parts of pipelines that get a LoRA; a pipeline has one of them
 TEXT_PARTS = ("text_encoder", "text_encoder_2")  # of a pipeline, in the order of their concatenated outputs
@@ -21,8 +22,8 @@ class ModelConfig(Section):
 
     pretrained_model_name_or_path: str = setting(
         TINY,
-        "SDXL base model: diffusers folder, hub id, single .safetensors checkpoint, or `tiny` for the included small "
-        "base",
+        "base model, SDXL or FLUX.2 klein: diffusers folder, hub id, single .safetensors checkpoint (SDXL), or `tiny` "
+        "for the included small base",
         path_kind="model",
         read_at_runtime=True,
         identifies_base=True,

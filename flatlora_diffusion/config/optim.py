@@ -9,6 +9,7 @@ from flatlora_diffusion.config.setting import Section, setting
 
 MixedPrecision = Literal["no", "fp16", "bf16"]
 LossType = Literal["l2", "huber"]
+WeightingScheme = Literal["none", "sigma_sqrt", "logit_normal", "mode", "cosmap"]
 Optimizer = Literal["adamw", "prodigy", "adafactor", "lora-pro"]
 LrScheduler = Literal["linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup"]
 
@@ -50,6 +51,23 @@ class ObjectiveConfig(Section):
         None,
         "highest timestep to train on; default: last timestep of the base",
         min=0,
+        affects="draws",
+    )
+    weighting_scheme: WeightingScheme = setting(
+        "none",
+        "flow matching: distribution of the noise levels (logit_normal, mode; otherwise uniform) or weight of their "
+        "losses (sigma_sqrt, cosmap)",
+        affects="draws",
+    )
+    logit_mean: float = setting(0.0, "mean of --weighting_scheme logit_normal", affects="draws")
+    logit_std: float = setting(
+        1.0, "standard deviation of --weighting_scheme logit_normal", min=0.01, max=100, affects="draws"
+    )
+    mode_scale: float = setting(
+        1.29,
+        "scale of --weighting_scheme mode; above 0 more of the middle noise levels",
+        min=-1,
+        max=1.75,  # 2 / (pi - 2): beyond both the levels leave [0, 1] (arXiv:2403.03206)
         affects="draws",
     )
     do_edm_style_training: bool = setting(

@@ -32,6 +32,7 @@ class Family(ABC):
         denoiser_title: its name in messages.
         text_parts: the text encoders of the pipeline.
         trains_text: whether LoRAs of the text encoders and new tokens are supported.
+        unsupported: settings without a meaning for the family, with the value that turns them off.
         steps, guidance: defaults of an image.
         loader: `module:function` that loads a base, as `registry.load_base`.
         single_file_saver: `module:function` that saves a pipeline as a single file; None if that is not supported.
@@ -44,6 +45,7 @@ class Family(ABC):
     denoiser_title: str
     text_parts: tuple[str, ...]
     trains_text: bool
+    unsupported: Mapping[str, object]
     steps: int
     guidance: float
     loader: str
@@ -95,6 +97,10 @@ class Family(ABC):
             denoiser: the base's denoiser, possibly on the meta device.
         """
 
+    def split_name(self, name: str) -> tuple[str, ...]:
+        """Return the names of the layers that share the rows of a layer of a file; only `name` for most layers."""
+        return (name,)
+
     @abstractmethod
     def posterior(self, vae: Any, pixels: Tensor) -> tuple[Tensor, Tensor]:
         """Return mean and std of the normalized latents, (B, C, h, w) fp32, of pixels (B, 3, H, W) in [-1, 1].
@@ -138,6 +144,15 @@ class Family(ABC):
             raise ConfigError(
                 f"--train_text_encoder and --train_text_encoder_ti are not supported on {self.name}; leave them out"
             )
+        self.check_sections(*vars(config).values())
+
+    def check_sections(self, *sections: object) -> None:
+        """Raise ConfigError for a setting of these sections that is in `unsupported`."""
+        for section in sections:
+            for name, off in self.unsupported.items():
+                value = getattr(section, name, off)
+                if value != off:
+                    raise ConfigError(f"{name}={value!r} does not fit {self.name}; leave out --{name}")
 
     def check_resolution(self, config: ModelConfig, resolution: int | None) -> None:
         """Raise ConfigError as `checked_size` does, if the base's sizes are known before it is loaded."""

@@ -16,16 +16,23 @@ if TYPE_CHECKING:
 
     from flatlora_diffusion.families.base import Base
 
-_USUAL = "StableDiffusionXLPipeline"
+_USUAL, _KLEIN = "StableDiffusionXLPipeline", "Flux2KleinPipeline"
 # By `_class_name` in model_index.json. Imported on first use, and without torch: the app names bases with them.
-FAMILIES = {_USUAL: "flatlora_diffusion.families.sdxl.family:SdxlFamily"}
+FAMILIES = {
+    _USUAL: "flatlora_diffusion.families.sdxl.family:SdxlFamily",
+    _KLEIN: "flatlora_diffusion.families.klein.family:KleinFamily",
+}
 
 
 def family_of(config: ModelConfig) -> Family:
-    """Return the family of a base by its model_index.json; SDXL for a single file or a base that is not on disk."""
+    """Return the family of a base by its model_index.json.
+
+    A hub id that is not on disk is a klein if its name says so. Other bases and single files are SDXL.
+    """
     file = base_file(config, "model_index.json")
+    unknown = _KLEIN if "flux.2-klein" in config.pretrained_model_name_or_path.lower() else _USUAL
     try:
-        kind = _USUAL if file is None else str(json.loads(file.read_text(encoding="utf-8"))["_class_name"])
+        kind = unknown if file is None else str(json.loads(file.read_text(encoding="utf-8"))["_class_name"])
     except (OSError, ValueError, LookupError, TypeError):  # reported when the base is loaded
         kind = _USUAL
     return _family(FAMILIES.get(kind, FAMILIES[_USUAL]))

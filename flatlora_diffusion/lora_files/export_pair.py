@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from flatlora_diffusion.adapter.delta import Updates
-from flatlora_diffusion.lora_files.diffusers_file import save_diffusers_file
+from flatlora_diffusion.lora_files.diffusers_file import iter_peft_tensors, save_diffusers_file
 from flatlora_diffusion.lora_files.kohya import kohya_tensors
 from flatlora_diffusion.lora_files.writing import (
     check_magnitudes,
@@ -35,6 +35,7 @@ class FilePair:
 
     Attributes:
         kohya: The path of the file for other tools; diffusers' file lies beside it.
+        layers_per_block: of the UNet; None for a denoiser without kohya's layout, whose files both have diffusers'.
         copy: A second path for the kohya file.
         metadata: The metadata of the kohya file.
         sidecar: The JSON beside the kohya file, which web UIs show.
@@ -50,7 +51,7 @@ class FilePair:
     plain: Updates
     trained: Updates
     magnitudes: Mapping[str, Mapping[str, Tensor]]
-    layers_per_block: int
+    layers_per_block: int | None
     dtype: torch.dtype
 
     @property
@@ -61,8 +62,11 @@ class FilePair:
 def write_pair(pair: FilePair, pipeline: Any) -> None:
     """Write both files; files of other runs with the same names are renamed first."""
     rename_existing(pair.kohya, pair.metadata)
-    tensors = partial(kohya_tensors, pair.plain, pair.layers_per_block, pair.dtype)
-    save_kohya(pair.kohya, tensors, pair.metadata)
+    if pair.layers_per_block is None:
+        save_kohya(pair.kohya, partial(iter_peft_tensors, pair.plain, pair.dtype), pair.metadata)
+    else:
+        tensors = partial(kohya_tensors, pair.plain, pair.layers_per_block, pair.dtype)
+        save_kohya(pair.kohya, tensors, pair.metadata)
     if pair.copy is not None:
         with atomic_write(pair.copy) as temporary:
             shutil.copyfile(pair.kohya, temporary)
@@ -78,9 +82,11 @@ def verify_pair(pair: FilePair) -> float:
     Raises:
         RunError: A file differs from the pair's contents by more than rounding to its precision explains.
     """
-    largest = 0.0
+    largest, of_kohya = 0.0, updates_from_diffusers
+    if pair.layers_per_block is not None:
+        of_kohya = partial(updates_from_kohya, layers_per_block=pair.layers_per_block)
     for path, read, expected in (
-        (pair.kohya, partial(updates_from_kohya, layers_per_block=pair.layers_per_block), pair.plain),
+        (pair.kohya, of_kohya, pair.plain),
         (pair.diffusers, updates_from_diffusers, pair.trained),
     ):
         largest = max(largest, check_updates(path, read(load_file(path), expected), expected, pair.dtype))

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from flatlora_diffusion.config import ConfigError
+from flatlora_diffusion.lora_files.fused import split_fused
 from flatlora_diffusion.lora_files.names import BaseNames, Style, Target
 from flatlora_diffusion.lora_files.safe_reading import CheckedFile, printable
 
@@ -48,6 +49,8 @@ OTHER_ADAPTERS = {
 # Differences of weights and biases, which ComfyUI and LyCORIS save for norms and biases.
 _CHANGE = re.compile(r"\.diff(_b)?$|\.[wb]_norm$")
 _NOT_PORTABLE = ": tools interpret it in at least four incompatible ways, so it is not portable"
+_OTHER_TRANSFORMER = "a transformer model such as Wan, Qwen-Image or Z-Image"
+_TRANSFORMERS = ("Flux", _OTHER_TRANSFORMER)
 # Patterns of the keys of LoRA files for models other than SDXL.
 _FAMILIES = (
     ("Flux", re.compile(r"(^|[._])(double_blocks|single_blocks|single_transformer_blocks)[._]")),
@@ -56,7 +59,7 @@ _FAMILIES = (
         re.compile(r"(^|[._])joint_blocks[._]|^lora_te3_|^text_encoder_3\.|[._]attn2?[._]add_[qkv]_proj"),
     ),
     (
-        "a transformer model such as Wan, Qwen-Image or Z-Image",
+        _OTHER_TRANSFORMER,
         re.compile(r"^(transformer|diffusion_model\.(layers|(transformer_)?blocks))\."),
     ),
     (
@@ -83,6 +86,11 @@ class LayerKeys:
     factors: dict[str, str] = field(default_factory=dict)
     alpha: str | None = None
     magnitude: str | None = None
+
+
+def with_split_layers(file: CheckedFile, names: BaseNames) -> CheckedFile:
+    """Return the file with the layers that are several layers of this base split."""
+    return split_fused(file, names.family.split_name, {end: side for end, (side, _) in _FACTORS.items()}, _ALPHA)
 
 
 def map_keys(file: CheckedFile, names: BaseNames) -> MappedKeys:
@@ -117,6 +125,7 @@ def map_keys(file: CheckedFile, names: BaseNames) -> MappedKeys:
 
 def shape_mismatches(file: CheckedFile, names: BaseNames) -> list[str] | None:
     """Names of the layers whose factors do not fit the base's weights; None if the file has no layer of this base."""
+    file = with_split_layers(file, names)
     layers = map_keys(file, names).layers
     if not layers:
         return None
@@ -135,6 +144,11 @@ def reject_other_adapters(file: CheckedFile, refused: Mapping[str, str]) -> None
 def is_bias_or_norm(file: CheckedFile, key: str) -> bool:
     """Whether `key` is the change of a bias or a norm, which ComfyUI and LyCORIS save beside the factors."""
     return _CHANGE.search(key) is not None and len(file.entries[key].shape) < 2
+
+
+def is_for_transformer(file: CheckedFile) -> bool:
+    """Whether the file has names of transformers such as FLUX.2 klein, and none of a UNet."""
+    return other_family({name: entry.shape for name, entry in file.entries.items()}, 0) in _TRANSFORMERS
 
 
 def other_family(shapes: Mapping[str, tuple[int, ...]], width: int) -> str | None:

@@ -30,15 +30,11 @@ _NOT_PORTABLE = re.compile(
 # A URL such as https://... or a tag such as </b> does not match.
 _ABSOLUTE_PATH = re.compile(r"(?<![\w.:/])/(?!\w+>)[\w.~-]|(?<=\w:)/(?!/)|file://|\b[A-Za-z]:[\\/](?!/)|\\\\\w+\\")
 _LEGACY_START, LEGACY_END = 0x100000, 0x110000
-_DOWN = ".lora_down.weight"
+_DOWN = (".lora_down.weight", ".lora_A.weight")
 SDXL_CLIP_SKIP = 2  # other tools call the last layer 1; SDXL uses the penultimate layer
 MODELSPEC = "1.0.1"
 # Metadata of every kohya file written here.
-KOHYA_FACTS = {
-    "ss_v2": "False",
-    "ss_network_module": "networks.lora",
-    "modelspec.implementation": "https://github.com/Stability-AI/generative-models",
-}
+KOHYA_FACTS = {"ss_v2": "False", "ss_network_module": "networks.lora"}
 
 
 @dataclass(frozen=True)
@@ -71,12 +67,13 @@ def kohya_metadata(run: RunDir, config: TrainConfig, training: TrainingSummary, 
         config.adapter.train_text_encoder,
         training_comment(config, training.average, training.conversion_note),
     )
-    title = run.lora_name(config.run.output_name)
+    title, is_flow = run.lora_name(config.run.output_name), training.labels.is_flow
     values: dict[str, Any] = {
         "format": "pt",
         # A1111, Forge and SD.Next assume SD 1 without this key.
         "ss_base_model_version": training.labels.version,
-        **KOHYA_FACTS,
+        **({} if is_flow else KOHYA_FACTS),
+        "modelspec.implementation": training.labels.implementation,
         "ss_output_name": title,
         "ss_sd_model_name": training.base,
         "ss_resolution": f"({data.resolution}, {data.resolution})",
@@ -95,15 +92,16 @@ def kohya_metadata(run: RunDir, config: TrainConfig, training: TrainingSummary, 
         "ss_max_grad_norm": optim.max_grad_norm,
         "ss_mixed_precision": optim.mixed_precision,
         "ss_seed": config.run.seed,
-        "ss_clip_skip": SDXL_CLIP_SKIP + (config.model.clip_skip or 0),
+        "ss_clip_skip": None if is_flow else SDXL_CLIP_SKIP + (config.model.clip_skip or 0),
         "ss_num_train_images": training.images * data.repeats,
         "ss_num_reg_images": training.class_images,
         "ss_prior_loss_weight": objective.prior_loss_weight if data.with_prior_preservation else None,
         "ss_min_snr_gamma": objective.snr_gamma,
-        "ss_debiased_estimation": objective.debiased_estimation,
-        "ss_noise_offset": objective.noise_offset,
-        "ss_v_parameterization": training.predicts_v,
-        "ss_zero_terminal_snr": training.zero_terminal_snr,
+        "ss_debiased_estimation": None if is_flow else objective.debiased_estimation,
+        "ss_noise_offset": None if is_flow else objective.noise_offset,
+        "ss_v_parameterization": None if is_flow else training.predicts_v,
+        "ss_zero_terminal_snr": None if is_flow else training.zero_terminal_snr,
+        "ss_weighting_scheme": objective.weighting_scheme if is_flow else None,
         "ss_training_started_at": run.manifest_file.stat().st_mtime,  # the manifest is written once, at the start
         "ss_training_finished_at": now.timestamp(),
         "ss_training_comment": said,
@@ -113,7 +111,7 @@ def kohya_metadata(run: RunDir, config: TrainConfig, training: TrainingSummary, 
         "modelspec.description": said,
         "modelspec.date": now.replace(microsecond=0).isoformat(),
         "modelspec.resolution": f"{data.resolution}x{data.resolution}",
-        "modelspec.prediction_type": "v" if training.predicts_v else "epsilon",
+        "modelspec.prediction_type": None if is_flow else "v" if training.predicts_v else "epsilon",
         "modelspec.trigger_phrase": training.trigger,
         "modelspec.usage_hint": f"Write {training.trigger} in the prompt." if training.trigger else None,
         "flatlora.config_sha256": file_sha256(run.config_file),
@@ -140,12 +138,14 @@ def with_content_keys(metadata: Mapping[str, str], contents: Contents) -> dict[s
 
 
 def _rank_and_alpha(contents: Contents) -> tuple[str, str]:
-    names = [name.removesuffix(_DOWN) for name in contents.entries if name.endswith(_DOWN)]
+    names = [name for name in contents.entries if name.endswith(_DOWN)]
     of_unet = [name for name in names if name.startswith(f"{KOHYA_PREFIXES['unet']}_")]
-    pairs = Counter(
-        (contents.entries[name + _DOWN]["shape"][0], contents.numbers[f"{name}.alpha"]) for name in of_unet or names
-    )
-    rank, alpha = pairs.most_common(1)[0][0]
+    pairs = []
+    for name in of_unet or names:
+        rank = contents.entries[name]["shape"][0]
+        key = f"{name.removesuffix('.weight').rpartition('.')[0]}.alpha"
+        pairs.append((rank, contents.numbers.get(key, float(rank))))  # without an alpha the scale is in the factors
+    rank, alpha = Counter(pairs).most_common(1)[0][0]
     return str(rank), str(alpha)
 
 

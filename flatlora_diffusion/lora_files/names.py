@@ -8,7 +8,7 @@ from typing import Any, Literal, NamedTuple, cast
 
 from torch import nn
 
-from flatlora_diffusion.config import DENOISERS, SDXL, TINY, ModelConfig
+from flatlora_diffusion.config import DENOISERS, KLEIN, SDXL, TINY, ModelConfig
 from flatlora_diffusion.families.family import Family
 from flatlora_diffusion.families.labels import Labels
 from flatlora_diffusion.families.paths import config_file
@@ -73,10 +73,10 @@ def base_names(base: str | None = None) -> BaseNames:
     config = ModelConfig(pretrained_model_name_or_path=base or SDXL)
     family = family_of(config)
     name = config.pretrained_model_name_or_path
-    if name == SDXL:
-        name = "SDXL"
+    if name in (SDXL, KLEIN):
+        name = family.name
     elif name != TINY and not Path(name).exists() and config_file(config, family.denoiser) is None:
-        name = f"SDXL ({name} is not on this disk)"
+        name = f"{family.name} ({name} is not on this disk)"
     return _names(name, family, {part: family.on_meta(config, part) for part in family.lora_parts})
 
 

@@ -17,15 +17,17 @@ from torch import Tensor
 
 from flatlora_diffusion.adapter.delta import LazyLayers, Update, Updates
 from flatlora_diffusion.adapter.parts import PARTS
-from flatlora_diffusion.config import TINY, ConfigError
+from flatlora_diffusion.config import KLEIN, SDXL, TINY, ConfigError
 from flatlora_diffusion.lora_files.key_mapping import (
     DOWN_ENDS,
     OTHER_ADAPTERS,
     LayerKeys,
+    is_for_transformer,
     map_keys,
     other_family,
     reject_other_adapters,
     shape_mismatches,
+    with_split_layers,
 )
 from flatlora_diffusion.lora_files.names import (
     DIFFUSERS_STYLES,
@@ -88,15 +90,16 @@ def import_lora(file: CheckedFile, base: str | None) -> ImportedLora:
     The scale of a layer is alpha / rank with the layer's alpha, else from the adapter's settings, else 1.
 
     Args:
-        base: A diffusers folder or `tiny`; None for SDXL, or for `tiny` if the file's shapes fit only that.
+        base: A diffusers folder or `tiny`; None for SDXL, `tiny` or FLUX.2 klein, whichever the file's names and
+            shapes fit.
 
     Raises:
         ConfigError: The file is for another model family, no LoRA, or does not fit the base.
     """
-    names = base_names(base)
-    _check_family(file, names)
+    candidates = _candidates(file, base)
+    _check_family(file, candidates[0])
     reject_other_adapters(file, OTHER_ADAPTERS)
-    return parse_layers(file, _fitting(file, [names] if base is not None else [names, base_names(TINY)]))
+    return parse_layers(file, _fitting(file, candidates))
 
 
 def load_for_base(file: CheckedFile, names: BaseNames) -> ImportedLora:
@@ -109,7 +112,7 @@ def load_for_base(file: CheckedFile, names: BaseNames) -> ImportedLora:
     reject_other_adapters(file, OTHER_ADAPTERS | {"DoRA": r"\.dora_scale$"})
     wrong = shape_mismatches(file, names)
     if wrong is None:
-        raise ConfigError(f"{file.path} has no layer of this base; check that it is a LoRA for SDXL")
+        raise ConfigError(f"{file.path} has no layer of this base; check that it is a LoRA for {names.family.name}")
     if wrong:
         raise ConfigError(
             f"{file.path} is not a LoRA of this base: its layers have other sizes; give the base it was made for with "
@@ -137,6 +140,7 @@ def load_init_lora(pipeline: Any, path: Path) -> ImportedLora:
 
 def parse_layers(file: CheckedFile, names: BaseNames) -> ImportedLora:
     """Read the LoRA of a file whose layers fit the base of these names."""
+    file = with_split_layers(file, names)
     keys_by_layer, unknown = map_keys(file, names)
     settings = adapter_settings(file)
     keys_of: dict[str, dict[str, tuple[LayerKeys, float]]] = {}
@@ -180,10 +184,25 @@ def _check_factors(file: CheckedFile, keys: LayerKeys) -> None:
 def _check_family(file: CheckedFile, names: BaseNames) -> None:
     shapes = {name: entry.shape for name, entry in file.entries.items()}
     layers = names.shapes[names.family.denoiser].items()
-    text_width = next(shape[1] for module, shape in layers if module.endswith("attn2.to_k"))
+    text_width = next((shape[1] for module, shape in layers if module.endswith("attn2.to_k")), None)
+    if text_width is None:  # no UNet: names and shapes decide
+        return
     family = other_family(shapes, text_width)
     if family is not None:
         raise ConfigError(f"{file.path} is a LoRA for {family}, not for SDXL")
+
+
+def _candidates(file: CheckedFile, base: str | None) -> list[BaseNames]:
+    """The bases that the file may be for, without a `base` those that it may be for by its names."""
+    if base is not None:
+        return [base_names(base)]
+    if is_for_transformer(file):
+        klein = base_names(KLEIN)
+        # FLUX.1 has layers of the same names and shapes, and others.
+        whole = not any(key.endswith(DOWN_ENDS) for key in map_keys(with_split_layers(file, klein), klein).unknown)
+        if whole and shape_mismatches(file, klein) == []:
+            return [klein]
+    return [base_names(SDXL), base_names(TINY)]
 
 
 def _fitting(file: CheckedFile, candidates: Sequence[BaseNames]) -> BaseNames:
@@ -191,8 +210,7 @@ def _fitting(file: CheckedFile, candidates: Sequence[BaseNames]) -> BaseNames:
     misfitting = [shape_mismatches(file, candidate) for candidate in candidates]
     if all(wrong is None for wrong in misfitting):
         raise ConfigError(
-            f"{file.path} has no LoRA layer of SDXL's UNet or text encoders; its tensors are named "
-            f"{shortlist(file.entries)}"
+            f"{file.path} has no LoRA layer of {candidates[0].base}; its tensors are named {shortlist(file.entries)}"
         )
     for candidate, wrong in zip(candidates, misfitting, strict=True):
         if wrong == []:

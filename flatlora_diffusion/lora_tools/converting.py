@@ -79,13 +79,16 @@ def output_file(output: str | None, source: Path, name: str) -> Path:
 def write_lora(
     lora: Updates, base: BaseNames, path: Path, layout: FileLayout, dtype: SaveDtype, metadata: Mapping[str, str]
 ) -> WrittenFile:
-    """Write `lora` in one layout, then read the file back and compare the updates. Raises as `export_lora`."""
+    """Write `lora` in one layout, then read the file back and compare the updates. Raises as `export_lora`.
+
+    A base of flow matching has diffusers' layout only, which other tools read too.
+    """
     if not any(update_norms(lora).values()):
         raise ConfigError(f"{path.name} would have no effect: all updates of the LoRA are zero; give a trained LoRA")
     kind = DTYPES[dtype]
     with write_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        if layout == "kohya":
+        if layout == "kohya" and not base.labels.is_flow:
             lora = _complete(_with_kohya_names(lora, path), base, path)
             whole = _kohya_metadata(metadata, path, base.labels)
             save_kohya(path, partial(kohya_tensors, lora, base.denoiser.config.layers_per_block, kind), whole)
@@ -141,6 +144,11 @@ def _convert(source: Path, paths: Mapping[FileLayout, Path], config: ExportConfi
     for path in paths.values():
         check_lora_output(path, config.overwrite, input_paths(source, config.base))
     lora = read_lora_file(str(source), config.base)
+    if "kohya" in paths and lora.base.labels.is_flow:
+        raise ConfigError(
+            f"--layout kohya does not fit {lora.base.labels.name}, whose LoRAs are one file for all tools; "
+            "give --layout diffusers"
+        )
     name = (isinstance(config, ExportConfig) and config.name) or lora.file.metadata.get("ss_output_name")
     labels = lora.base.labels
     metadata = portable_metadata(lora.file.metadata, file_name(name) if name else source.stem, labels)
@@ -204,7 +212,8 @@ def _kohya_metadata(metadata: Mapping[str, str], path: Path, labels: Labels) -> 
         logger.warning("%s is for %s, which other tools do not have", path.name, labels.name)
     # Without the first key some web UIs assume another model family.
     defaults = {"ss_base_model_version": labels.version, "modelspec.sai_model_spec": MODELSPEC}
-    return {**defaults, **metadata, **KOHYA_FACTS, "modelspec.architecture": labels.architecture}
+    own = {"modelspec.architecture": labels.architecture, "modelspec.implementation": labels.implementation}
+    return {**defaults, **metadata, **KOHYA_FACTS, **own}
 
 
 def _adapter_metadata(lora: Updates) -> dict[str, Any]:

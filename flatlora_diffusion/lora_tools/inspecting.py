@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from flatlora_diffusion.adapter.delta import norm
-from flatlora_diffusion.config import InspectConfig
+from flatlora_diffusion.config import DENOISERS, InspectConfig
 from flatlora_diffusion.lora_files.lost_alpha import lost_alpha_warning
 from flatlora_diffusion.lora_files.reading import FileLayer, ImportedLora
 from flatlora_diffusion.lora_files.safe_reading import printable, shortlist
@@ -23,6 +23,14 @@ _STYLE_NAMES = {
     "peft": "PEFT (lora_A)",
     "diffusers-old": "diffusers before PEFT (lora.down)",
     "processor": "the oldest of diffusers (processor.to_q_lora)",
+}
+# Steps of a block's path, by its first.
+_BLOCK_STEPS = {
+    "mid_block": 3,
+    "down_blocks": 4,
+    "up_blocks": 4,
+    "transformer_blocks": 2,
+    "single_transformer_blocks": 2,
 }
 _MAX_TAGS = 5
 _MAX_KEYS = 20  # in the text; JSON has all
@@ -86,11 +94,11 @@ def text_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
 
 
 def _block(layer: FileLayer) -> str:
-    """`down_blocks.1.attentions.0` or `mid_block.resnets.1`; a text encoder is one block."""
-    if layer.target.part != "unet":
+    """`down_blocks.1.attentions.0`, `mid_block.resnets.1` or `transformer_blocks.3`; a text encoder is one block."""
+    if layer.target.part not in DENOISERS:
         return ""
     steps = layer.target.module.split(".")
-    return ".".join(steps[: {"mid_block": 3, "down_blocks": 4, "up_blocks": 4}.get(steps[0], 1)])
+    return ".".join(steps[: _BLOCK_STEPS.get(steps[0], 1)])
 
 
 def _block_report(lora: ImportedLora, part: str, block: str, layers: Sequence[FileLayer]) -> dict[str, Any]:

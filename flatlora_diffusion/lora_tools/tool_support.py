@@ -18,6 +18,7 @@ from flatlora_diffusion.lora_files.reading import FileLayer, ImportedLora
 from flatlora_diffusion.lora_files.safe_reading import printable
 from flatlora_diffusion.lora_files.scale import PEFT_PREFIX
 from flatlora_diffusion.lora_tools.diffusers_support import diffusers_support
+from flatlora_diffusion.lora_tools.klein_support import comfyui_layers, diffusers_layers
 
 _MIXED_NAMES = "it rejects a mixture of SDXL's original and diffusers' block names"
 _OUTSIDE_BLOCKS = ("conv_in", "conv_out", "time_embedding.", "add_embedding.")
@@ -38,6 +39,12 @@ class Support(NamedTuple):
 def tool_support(lora: ImportedLora) -> list[Support]:
     """Predict the support of each tool, in a fixed order."""
     labels = lora.base.labels
+    if labels.is_flow:
+        diffusers = Support("diffusers", *diffusers_layers(lora))
+        comfyui = Support("ComfyUI", *comfyui_layers(lora))
+        if labels.is_demo:
+            comfyui = Support("ComfyUI", 0, f"only diffusers supports its base, {labels.name}")
+        return [_with_strength(lora, comfyui), diffusers]
     if labels.is_demo:
         count, note = diffusers_support(lora)
         diffusers = Support("diffusers", count, note or "with the tiny base only")

@@ -69,7 +69,9 @@ class AsOnGpu(TorchFunctionMode):
         kwargs = kwargs or {}
         is_half = self._dtype != torch.float32
         if func is F.scaled_dot_product_attention:
-            query, key, value = (_cast(arg, self._dtype) if is_half else arg for arg in args[:3])
+            names = ("query", "key", "value")[len(args) :]
+            inputs = (*args[:3], *(kwargs[name] for name in names))
+            query, key, value = (_cast(arg, self._dtype) if is_half else arg for arg in inputs)
             return _FusedAttention.apply(query, key, value)
         if is_half and func in _HALF_PRECISION + _FULL_PRECISION:
             dtype = self._dtype if func in _HALF_PRECISION else torch.float32

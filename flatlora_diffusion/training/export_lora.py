@@ -70,7 +70,7 @@ def save_lora(state: TrainState, folder: Path, step: int, is_end: bool = False) 
             plain=with_required_layers(plain, state.base.denoiser),
             trained=trained,
             magnitudes=dora_magnitudes,
-            layers_per_block=state.base.denoiser.config.layers_per_block,
+            layers_per_block=state.base.denoiser.config.get("layers_per_block"),
             dtype=DTYPES[run.save_dtype],
         )
         write_pair(pair, pipeline)

@@ -13,7 +13,7 @@ from huggingface_hub import ModelCardData
 from huggingface_hub.constants import REPOCARD_NAME
 
 from flatlora_diffusion.adapter.new_tokens import FILE_KEYS, new_tokens, replace_placeholders
-from flatlora_diffusion.config import METHODS, TINY, TrainConfig
+from flatlora_diffusion.config import KLEIN, METHODS, TINY, TrainConfig
 from flatlora_diffusion.families.labels import Labels
 from flatlora_diffusion.families.registry import family_of
 from flatlora_diffusion.lora_files.metadata import TrainingSummary, conversion_note, is_hub_id, portable_base_name
@@ -22,6 +22,7 @@ from flatlora_diffusion.storage.run_dir import EMBEDDINGS_FILE, LORA_FILE, RunDi
 from flatlora_diffusion.storage.versions import versions
 
 PICTURES_PER_ROW = 4
+KLEIN_4B = (KLEIN, KLEIN.replace("-base", ""))  # of one licence, unlike the 9B
 
 
 def write_model_card(
@@ -82,7 +83,7 @@ def _card_data(
 ) -> ModelCardData:
     prompt = config.data.instance_prompt
     method = ["flat-lora"] if config.perturb.method == "flat-lora" else []
-    base = [] if labels.is_demo else ["stable-diffusion-xl"]
+    base = [] if labels.is_demo else [labels.tag]
     return ModelCardData(
         license=_license(config),
         library_name="diffusers",
@@ -107,13 +108,16 @@ def _license(config: TrainConfig) -> str:
     """The licence of the base if it is known without a request to the hub."""
     if config.model.pretrained_model_name_or_path == TINY:
         return "apache-2.0"
-    return "openrail++" if (_hub_id(config) or "").startswith("stabilityai/stable-diffusion-xl-") else "other"
+    hub_id = _hub_id(config) or ""
+    if hub_id in KLEIN_4B:
+        return "apache-2.0"
+    return "openrail++" if hub_id.startswith("stabilityai/stable-diffusion-xl-") else "other"
 
 
 def _base(config: TrainConfig) -> str:
     """The base's name in the text."""
-    name = portable_base_name(config)
-    return "an SDXL base in a local folder" if name is None else _code(name)
+    name, family = portable_base_name(config), family_of(config.model).name
+    return f"{'an' if family == 'SDXL' else 'a'} {family} base in a local folder" if name is None else _code(name)
 
 
 def _title(run: RunDir, config: TrainConfig) -> str:
@@ -200,7 +204,7 @@ def _elsewhere(run: RunDir, config: TrainConfig, labels: Labels) -> str:
     if labels.is_demo:
         return f"It is for {labels.name}, which other programs do not have."
     file = f"{run.lora_name(config.run.output_name)}.safetensors"
-    text = f"Put `{file}` into the LoRA folder of ComfyUI, Forge, AUTOMATIC1111, InvokeAI or another program for SDXL."
+    text = f"Put `{file}` into the LoRA folder of {labels.programs}."
     proofs = [event for event in run.events() if event["event"] == "proof"] if run.events_file.is_file() else []
     description = conversion_note(config.adapter, proofs[-1].get("missed_by_plain_lora", 0.0) if proofs else 0.0)
     if config.adapter.use_dora:

@@ -162,6 +162,10 @@ NOT_RUN = {
     "enable_xformers_memory_efficient_attention": "xformers needs a GPU",
     "push_to_hub": "test_hub.py uploads to a hub on localhost",
     "hub_token": "test_hub.py",
+    "weighting_scheme": "of flow matching; test_training.py of FLUX.2 klein runs it",
+    "logit_mean": "tests/families/klein/test_objective.py",
+    "logit_std": "test_training.py of FLUX.2 klein",
+    "mode_scale": "tests/families/klein/test_objective.py",
     "hub_model_id": "test_hub.py",
 }
 

@@ -309,7 +309,7 @@ ATTN2 = "transformer_blocks_0_attn2_to_k"
         (with_one(f"lora_unet_up_blocks_3_attentions_0_{ATTN2}", 99, 320), "Stable Diffusion 1 or 2"),
         (with_one(f"lora_unet_input_blocks_11_1_{ATTN2}", 99, 320), "Stable Diffusion 1 or 2"),
         (with_one("lora_te_text_model_encoder_layers_0_mlp_fc1", 768, 3072), "Stable Diffusion 1 or 2"),
-        (with_one("lora_unet_double_blocks_0_img_attn_qkv", 3072, 9216), "Flux"),
+        (with_one("lora_unet_double_blocks_18_img_attn_qkv", 3072, 9216), "Flux"),
         (with_one("transformer.single_transformer_blocks.0.attn.to_q", 8, 8, ("lora_A", "lora_B")), "Flux"),
         (with_one("lora_unet_joint_blocks_0_x_block_attn_qkv", 1536, 4608), "Stable Diffusion 3"),
         (

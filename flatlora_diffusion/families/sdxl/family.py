@@ -26,6 +26,7 @@ class SdxlFamily(Family):
     denoiser_title = "UNet"
     text_parts = TEXT_PARTS
     trains_text = True
+    unsupported: Mapping[str, object] = {"weighting_scheme": "none"}  # of flow matching
     steps = 25
     guidance = 5.0
     loader = "flatlora_diffusion.families.sdxl.pipeline:load_sdxl"

@@ -12,16 +12,14 @@ from typing import Any
 import torch
 from diffusers import (
     AutoencoderKL,
-    BitsAndBytesConfig,
-    PipelineQuantizationConfig,
     StableDiffusionXLPipeline,
-    TorchAoConfig,
 )
 from safetensors import SafetensorError
 
-from flatlora_diffusion.config import ConfigError, ModelConfig, Quantization
+from flatlora_diffusion.config import ConfigError, ModelConfig
 from flatlora_diffusion.families.base_title import TINY_TITLE, title_with_size
 from flatlora_diffusion.families.paths import SETTING, base_path
+from flatlora_diffusion.families.quantization import quantization_config
 from flatlora_diffusion.families.sdxl.detect import (
     Header,
     Variant,
@@ -45,7 +43,6 @@ from flatlora_diffusion.storage.model_paths import check_models, is_single_file
 logger = logging.getLogger(__name__)
 
 _LOAD_ERRORS = (OSError, ValueError, SafetensorError)
-_BITSANDBYTES_DEVICES = {"nf4": ("cuda", "xpu", "mps"), "int8": ("cuda", "xpu")}  # devices that diffusers supports
 
 
 def load_pipeline(config: ModelConfig, device: torch.device, dtype: torch.dtype) -> StableDiffusionXLPipeline:
@@ -60,7 +57,7 @@ def load_pipeline(config: ModelConfig, device: torch.device, dtype: torch.dtype)
     path = base_path(config.pretrained_model_name_or_path)
     is_file = is_single_file(path)
     variant = variant_of(path, _checked_source(path, config))
-    quantization = None if config.quantize_base is None else _quantization(config.quantize_base, device, dtype)
+    quantization = quantization_config("unet", config.quantize_base, device, dtype)
     parts = {}
     if config.pretrained_vae_model_name_or_path is not None:
         parts["vae"] = _load_vae(config.pretrained_vae_model_name_or_path, dtype)
@@ -172,7 +169,7 @@ def _from_folder(
         variant=config.variant,
         local_files_only=is_offline,
         use_safetensors=True,
-        quantization_config=quantization and PipelineQuantizationConfig(quant_mapping={"unet": quantization}),
+        quantization_config=quantization,
         add_watermarker=False,
         **parts,
     )
@@ -252,29 +249,6 @@ def _scheduler(pipeline: StableDiffusionXLPipeline, config: ModelConfig, variant
     if ignored:
         raise ConfigError(f"the scheduler of the base, {type(scheduler).__name__}, has no {', '.join(ignored)}")
     return changed
-
-
-def _quantization(kind: Quantization, device: torch.device, dtype: torch.dtype) -> Any:
-    """Return diffusers' quantization config for the UNet. Raises ConfigError for an unsupported package or device."""
-    package = "torchao" if kind == "torchao-int8" else "bitsandbytes"
-    if find_spec(package) is None:
-        raise ConfigError(f"quantize_base={kind} needs the package {package}: pip install {package}")
-    if kind in _BITSANDBYTES_DEVICES and device.type not in _BITSANDBYTES_DEVICES[kind]:
-        allowed = ", ".join(_BITSANDBYTES_DEVICES[kind])
-        raise ConfigError(
-            f"quantize_base={kind} cannot be used on {device.type}: diffusers loads it on {allowed} only; "
-            "use torchao-int8 or leave it out"
-        )
-    if kind == "nf4":
-        return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)
-    if kind == "int8":
-        return BitsAndBytesConfig(load_in_8bit=True)
-    try:
-        from torchao.quantization import Int8WeightOnlyConfig
-
-        return TorchAoConfig(Int8WeightOnlyConfig())
-    except (ImportError, ValueError) as error:
-        raise ConfigError(f"quantize_base={kind} does not work with this torchao: {first_line(error)}") from error
 
 
 def _enable_xformers(pipeline: StableDiffusionXLPipeline) -> None:

@@ -431,7 +431,7 @@ def test_an_absent_package_is_named(
 ) -> None:
     result = importlib.util.find_spec
     monkeypatch.setattr(
-        "flatlora_diffusion.families.sdxl.loading.find_spec", lambda name: None if name == package else result(name)
+        "flatlora_diffusion.families.quantization.find_spec", lambda name: None if name == package else result(name)
     )
     with pytest.raises(ConfigError, match=f"{next(iter(settings))}.* needs the package {package}"):
         load(folder, **settings)
