@@ -141,7 +141,7 @@ def test_moving_scale_between_a_and_b_changes_no_figure(sdxl: Sdxl, base: Path, 
     one, other = (
         asdict(
             measure_flatness(
-                sdxl.denoiser,
+                sdxl,
                 SdxlObjective(sdxl.scheduler),
                 weights,
                 MeasuredModel("arm", result, {"train": probe}),
@@ -193,7 +193,7 @@ def test_nothing_is_written_and_modes_and_attention_come_back(sdxl: Sdxl, base: 
     sdxl.denoiser.train()
     weights = base_weights(sdxl.denoiser, deltas)
     measure_flatness(
-        sdxl.denoiser,
+        sdxl,
         SdxlObjective(sdxl.scheduler),
         weights,
         MeasuredModel("arm", deltas, {"train": probe}),
