@@ -100,12 +100,13 @@ def test_each_part_adds_to_the_one_before_and_its_figures_name_nobody(
     assert f"on disk in {tmp_path / 'janes_run'}" in caplog.text
     assert "on this machine" in caplog.text, "how long it takes"
     lines = [record.message for record in caplog.records]
-    (last,) = [line for line in lines if line.startswith("Measured: ")][-1:]
+    end = max(index for index, line in enumerate(lines) if line.startswith("Measured: "))
+    last = lines[end]
     assert last.count(" s per step of ") >= 2
     assert " s per picture" in last
     assert " s per loss" in last
     assert any(line.startswith("Part 2 of 2, controls: about ") for line in lines)
-    assert not any("Part" in line for line in lines[lines.index(last) + 1 :]), "nothing is left at the end"
+    assert not any("Part" in line for line in lines[end + 1 :]), "nothing is left at the end"
     assert content["speeds"]["pictures"]["seconds"] > 0
     assert content["speeds"]["losses"]["number"] > 0
     assert report_row(content).count("|") == len(COLUMNS) + 1
