@@ -133,6 +133,31 @@ def test_what_the_page_says_of_six_members_of_flat_lora_and_of_sam_holds(study: 
     assert all(found(sam, FORGETTING)[0].mean > 0 for sam in ("SAM 0.25", "SAM 0.125"))
 
 
+def test_three_folds_choose_all_steps_as_the_page_says(study: Study) -> None:
+    for subject in ("3 folds", "10 images: 3 folds"):
+        assert len(study.groups(subject)) == 5
+        found = compared(study, subject, study.groups(subject))[0]
+        assert all(found[name].plain.mean == 0 for name in (*POPULATIONS, FORGETTING))
+
+
+def test_sam_in_some_steps_or_by_image_differs_only_on_the_unknown_as_the_page_says(study: Study) -> None:
+    for subject in ("SAM 0.125, every 2nd step", "SAM 0.125, last 90 steps", "SAM, own rho for each image"):
+        found = compared(study, subject, study.groups(subject))[0]
+        unknown = found[POPULATIONS[2]].equal
+        assert unknown is not None
+        assert unknown.high is not None
+        assert unknown.high < 0
+        for name in POPULATIONS[:2]:
+            known = found[name].equal
+            assert known is not None
+            assert known.low is not None
+            assert known.high is not None
+            if subject == "SAM, own rho for each image":
+                assert known.low > 0
+            else:
+                assert known.low < 0 < known.high
+
+
 def test_the_page_has_the_tables_of_the_committed_figures(study: Study) -> None:
     assert style_section(study, "3D icons") in PAGE.read_text(encoding="utf-8")
 
