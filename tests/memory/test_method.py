@@ -138,5 +138,7 @@ def test_a_step_of_each_method_takes_the_estimated_memory(
     said = estimate.activations + estimate.temporary + estimate.perturbation
     if config.perturb.method == "bi-lora":
         said -= estimate.optimizer  # the second LoRA's, as large
-    # A low-rank draw keeps no copy of the LoRA in half precision, as autocast does for plain LoRA.
-    assert 0.93 * said < peak_of_a_step(config, monkeypatch) < 1.03 * said
+    # A low-rank draw keeps no copy of the LoRA in half precision, as autocast does for plain LoRA. In convolutions it
+    # keeps one output of A in place of PEFT's several, too, which the estimate does not count.
+    least = 0.8 if settings.get("lora_target_modules") == "conv" and "use_dora" not in settings else 0.93
+    assert least * said < peak_of_a_step(config, monkeypatch) < 1.03 * said
