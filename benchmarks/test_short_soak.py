@@ -18,6 +18,7 @@ def test_kills_and_a_second_run_lose_nothing_touch_nothing_and_say_what_is_promi
     output = tmp_path / "soak.json"
     command = [sys.executable, "-m", "benchmarks.soak", "--kills=2", "--seed=5", f"--output={output}"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, encoding="utf-8")
+    assert output.is_file(), done.stderr
     result = json.loads(output.read_text(encoding="utf-8"))
     assert {name: result[name] for name in ("kills", "lost", "touched", "wrong")} == {
         "kills": 2,
