@@ -17,7 +17,7 @@ IS_ROOT = sys.platform == "linux" and os.geteuid() == 0
 HAS_LIMITS = sys.platform == "linux"
 MIB = 16
 LIMIT = 32 * 1024  # bytes: below a LoRA file's and a checkpoint's, above a log's
-SECONDS_TO_REMOUNT = 5.0  # it has to wait if a file was opened in between
+SECONDS_TO_REMOUNT = 60.0  # while a file is open; long, because other processes may slow the run that has it
 
 
 def means() -> dict[str, str]:
