@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from flatlora_diffusion.config import LossType
+from flatlora_diffusion.config import ConfigError, LossType, ObjectiveConfig
 from flatlora_diffusion.families.batch import Batch
 
 HUBER_DELTA = 0.1  # larger errors count linearly
@@ -82,6 +82,20 @@ def sample_losses(
         errors = 2 * F.huber_loss(prediction.float(), target.float(), reduction="none", delta=HUBER_DELTA)
     losses = errors.mean(dim=(1, 2, 3)) if batch.mask is None else _masked_mean(errors, batch.mask)
     return losses if weights is None else losses * weights
+
+
+def timestep_range(config: ObjectiveConfig, last: int) -> tuple[int, int]:
+    """Return the first and the last timestep of the settings, for a base with timesteps 0 to `last`.
+
+    Raises ConfigError for an empty range.
+    """
+    low, high = config.min_timestep, last if config.max_timestep is None else config.max_timestep
+    if not low <= high <= last:
+        raise ConfigError(
+            f"min_timestep={low} and max_timestep={high} leave no timestep: min_timestep must not be larger than "
+            f"max_timestep, and both at most {last} for this base"
+        )
+    return low, high
 
 
 def predict(model: nn.Module, objective: Objective, batch: Batch, noise: Tensor, timesteps: Tensor) -> Tensor:

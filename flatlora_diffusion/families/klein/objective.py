@@ -10,7 +10,7 @@ from diffusers import FlowMatchEulerDiscreteScheduler
 from diffusers.training_utils import compute_density_for_timestep_sampling, compute_loss_weighting_for_sd3
 from torch import Tensor, nn
 
-from flatlora_diffusion.config import ConfigError, LossType, ObjectiveConfig, WeightingScheme
+from flatlora_diffusion.config import LossType, ObjectiveConfig, WeightingScheme
 from flatlora_diffusion.families.batch import Batch
 from flatlora_diffusion.families.klein.latents import (
     from_tokens,
@@ -18,7 +18,7 @@ from flatlora_diffusion.families.klein.latents import (
     text_positions,
     to_tokens,
 )
-from flatlora_diffusion.families.objective import Objective
+from flatlora_diffusion.families.objective import Objective, timestep_range
 
 _HALF = (torch.float16, torch.bfloat16)
 
@@ -81,13 +81,6 @@ class KleinObjective(Objective):
 
 def objective_of(config: ObjectiveConfig, levels: Tensor) -> KleinObjective:
     """Create the objective for a base with these noise levels. Raises ConfigError for an empty range of timesteps."""
-    last = len(levels) - 1
-    low, high = config.min_timestep, last if config.max_timestep is None else config.max_timestep
-    if not low <= high <= last:
-        raise ConfigError(
-            f"min_timestep={low} and max_timestep={high} leave no timestep: min_timestep must not be larger than "
-            f"max_timestep, and both at most {last} for this base"
-        )
     return KleinObjective(
         levels,
         weighting=config.weighting_scheme,
@@ -95,7 +88,7 @@ def objective_of(config: ObjectiveConfig, levels: Tensor) -> KleinObjective:
         std=config.logit_std,
         scale=config.mode_scale,
         loss_type=config.loss_type,
-        indices=(low, high),
+        indices=timestep_range(config, len(levels) - 1),
     )
 
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from flatlora_diffusion.config import ConfigError, LossType, ObjectiveConfig
 from flatlora_diffusion.families.batch import Batch
-from flatlora_diffusion.families.objective import Objective
+from flatlora_diffusion.families.objective import Objective, timestep_range
 
 MAX_DEBIASED_SNR = 1000.0  # as in sd-scripts
 
@@ -87,13 +87,6 @@ def objective_of(config: ObjectiveConfig, scheduler: Any) -> SdxlObjective:
             "--do_edm_style_training does not fit this base, whose last timestep is pure noise (zero terminal SNR), "
             "which has no sigma; leave it out"
         )
-    last = scheduler.config.num_train_timesteps - 1
-    low, high = config.min_timestep, last if config.max_timestep is None else config.max_timestep
-    if not low <= high <= last:
-        raise ConfigError(
-            f"min_timestep={low} and max_timestep={high} leave no timestep: min_timestep must not be larger than "
-            f"max_timestep, and both at most {last} for this base"
-        )
     return SdxlObjective(
         scheduler,
         edm=config.do_edm_style_training or is_edm_scheduler(scheduler),
@@ -103,7 +96,7 @@ def objective_of(config: ObjectiveConfig, scheduler: Any) -> SdxlObjective:
         noise_offset=config.noise_offset,
         multires=(config.multires_noise_iterations, config.multires_noise_discount),
         input_perturbation=config.ip_noise_gamma,
-        timesteps=(low, high),
+        timesteps=timestep_range(config, scheduler.config.num_train_timesteps - 1),
     )
 
 
