@@ -8,17 +8,18 @@ from pathlib import Path
 
 import pytest
 import torch
+from diffusers import AutoencoderKL
 from PIL import Image
 from torch import Tensor
 
 from flatlora_diffusion.config import SAMPLES
 from flatlora_diffusion.evaluation.judge import Images, load_judge, style_probabilities
-from samples.tiny_sdxl.recipe import drawing, quality
+from samples.tiny_sdxl.recipe import drawing
 from samples.tiny_sdxl.recipe.captions import STYLE_WORDS
 from samples.tiny_sdxl.recipe.drawing import draw_icons, size_of
 from samples.tiny_sdxl.recipe.icons import FLAT_STYLES, Concept
 from samples.tiny_sdxl.recipe.judge import STYLES, Renders
-from samples.tiny_sdxl.recipe.quality import Drawn, draw, measure_quality, quality_table, ranks
+from samples.tiny_sdxl.recipe.quality import Drawn, draw, measure_quality, quality_table, ranks, write_report
 
 TINY = SAMPLES / "tiny_sdxl"
 CONCEPTS = [
@@ -38,15 +39,15 @@ def first_is_right(images: Images, concepts: Sequence[Concept]) -> Tensor:
 
 
 @pytest.mark.usefixtures("one_step")
-def test_an_icon_is_drawn_once_and_depends_on_its_concept_alone(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_icon_is_drawn_once_and_depends_on_its_concept_alone(tmp_path: Path) -> None:
     together = draw_icons(TINY, CONCEPTS, "an icon of {}", 5.0, tmp_path / "one")
     (alone,) = draw_icons(TINY, CONCEPTS[1:2], "an icon of {}", 5.0, tmp_path / "two")
     difference = torch.tensor(list(together[1].tobytes())).int() - torch.tensor(list(alone.tobytes())).int()
     assert difference.abs().max() <= 1, "by rounding only"
-    monkeypatch.setattr(drawing, "_draw", lambda *_: pytest.fail("drawn again"))
-    again = draw_icons(TINY, [CONCEPTS[2], CONCEPTS[0]], "an icon of {}", 5.0, tmp_path / "one")
+    kept = tmp_path / "one"
+    again = draw_icons(
+        TINY, [CONCEPTS[2], CONCEPTS[0]], "an icon of {}", 5.0, kept, lambda _: pytest.fail("drawn again")
+    )
     assert [icon.tobytes() for icon in again] == [together[2].tobytes(), together[0].tobytes()]
 
 
@@ -57,22 +58,18 @@ def test_prompt_guidance_and_weights_have_icons_of_their_own(tmp_path: Path) -> 
     assert len(list(tmp_path.glob("*/1F98A.png"))) == 3
 
 
-@pytest.mark.usefixtures("one_step")
-def test_the_known_things_are_a_part_of_all_and_are_drawn_in_each_sets_own_words(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_known_things_are_a_part_of_all_and_are_drawn_in_each_sets_own_words() -> None:
     asked: list[tuple[str, float, int]] = []
-    real = draw_icons
 
-    def told(base: Path, concepts: Sequence[Concept], prompt: str, guidance: float, kept: Path) -> list[Image.Image]:
+    def artist(concepts: Sequence[Concept], prompt: str, guidance: float) -> list[Image.Image]:
         asked.append((prompt, guidance, len(concepts)))
-        return real(base, concepts, prompt, guidance, kept)
+        return [Image.new("L", (1, 1), concept.order) for concept in concepts]
 
-    monkeypatch.setattr(quality, "draw_icons", told)
-    drawn = draw(TINY, CONCEPTS, CONCEPTS[1:], 4.0, tmp_path)
-    styled = [(f"a flat icon of {{}}, in the style of {STYLE_WORDS[style]}", 4.0, 2) for style in FLAT_STYLES]
+    drawn = draw(artist, CONCEPTS, CONCEPTS[1:], styled_guidance=3.5)
+    styled = [(f"a flat icon of {{}}, in the style of {STYLE_WORDS[style]}", 3.5, 2) for style in FLAT_STYLES]
     assert sorted(asked) == sorted([*styled, ("a flat icon of {}", 5.0, 3)])
     assert [icon.tobytes() for icon in drawn.plain_known] == [icon.tobytes() for icon in drawn.plain[1:]]
+    assert (drawn.guidance, drawn.styled_guidance) == (5.0, 3.5)
 
 
 def test_the_right_name_is_looked_for_among_its_candidates_only() -> None:
@@ -92,7 +89,8 @@ def test_the_table_has_a_column_for_each_judge_and_the_styles_of_each_word(tmp_p
     owners = torch.tensor([0, 0, 0, 0, 1, 1, 1, 1])
     renders = Renders(pixels, owners, torch.arange(8) % len(STYLES))
     judge = load_judge(TINY / "judge")
-    report = measure_quality(CONCEPTS, drawn, renders, TINY, judge, first_is_right, 4.0)
+    vae = AutoencoderKL.from_pretrained(TINY, subfolder="vae", dtype=torch.float32)
+    report = measure_quality(CONCEPTS, drawn, renders, TINY, vae, (judge, first_is_right))
     seen = style_probabilities(judge, [Image.fromarray(image) for image in pixels]).argmax(dim=1)
     for place, style in enumerate(STYLES):
         real = report["styles"]["real"][style]
@@ -114,7 +112,7 @@ def test_the_table_has_a_column_for_each_judge_and_the_styles_of_each_word(tmp_p
         shares |= {name: 0.9 if name == style else 0.05 for name in STYLES}
     assert "| mean of the style words: the right set | 90.0% |  |" in quality_table(report)
     assert "| mean of the style words: 3D, which it never saw | 5.0% |  |" in quality_table(report)
-    quality.write_report(report, drawn, tmp_path / "report")
+    write_report(report, drawn, tmp_path / "report")
     assert Image.open(tmp_path / "report" / "contact_sheet.png").size[0] > 64
 
 
