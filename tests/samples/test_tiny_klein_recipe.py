@@ -155,6 +155,7 @@ def test_a_trained_base_is_saved_whole_and_in_bf16(
     assert torch.equal(loaded.transformer.proj_out.weight, trained.transformer.proj_out.weight)
     assert loaded.transformer.proj_out.weight.count_nonzero() > 0
     assert not loaded.config.is_distilled
+    assert loaded.tokenizer.model_max_length == training.PADDED
 
 
 def _noting(drawn: list[Tensor]) -> object:

@@ -20,6 +20,7 @@ BATCH = 48
 # the padding of klein's usual 512 to do little harm. Batches have about as many tokens at any length.
 TOKENS = 32
 LENGTHS = {TOKENS: 0.85, 64: 0.1, 128: 0.04, 512: 0.01}
+PADDED = 48  # tokens that flatlora pads captions to: those of samples/icons_3d have up to 33
 BEST_KNOWN = (
     3.0  # how much oftener than in tiny SDXL's training the flat drawings of the best known concepts are drawn
 )
@@ -74,6 +75,7 @@ def optimizers(base: Base, schedule: Schedule) -> list[torch.optim.Optimizer]:
 
 def save_base(base: Base, vae: AutoencoderKLFlux2, tokenizer: Qwen2TokenizerFast, folder: Path) -> None:
     """Write the whole pipeline in bfloat16 into `folder`."""
+    tokenizer.model_max_length = PADDED
     pipeline = Flux2KleinPipeline(
         # klein's: noise levels are shifted by the number of tokens and of steps
         scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True),
