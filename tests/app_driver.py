@@ -179,9 +179,13 @@ class AppPage:
         return self.page.get_by_role("button", name=name, exact=True).filter(visible=True)
 
     def box(self, label: str) -> Locator:
-        """The visible field with this label; a label holds its help too, so it is found by its first words."""
+        """The visible field with this label; a label holds its help too, so it is found by its first words.
+
+        A list's label is an attribute of its field.
+        """
         named = self.page.get_by_text(label, exact=True)
-        return self.page.locator("label").filter(has=named).filter(visible=True).locator("input, textarea").first
+        field = self.page.locator("label").filter(has=named).filter(visible=True).locator("input, textarea")
+        return field.or_(self.page.locator(f'input[aria-label="{label}"]').filter(visible=True)).first
 
     def fill(self, **values: str) -> None:
         """Write into the fields by label, `_` for a blank."""
