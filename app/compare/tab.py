@@ -150,12 +150,21 @@ def _build_side_by_side(
                     strengths = gr.Textbox("0.5, 1, 1.5", label="LoRA strengths", info="From 0 to 1.5.", visible=False)
                     seeds = gr.Textbox("0", label="Seeds", info="One picture for each seed.")
             with gr.Accordion("More settings", open=False), gr.Row():
-                steps = gr.Slider(*STEPS, 25, step=1, label="Steps", info="More is finer and slower.")
+                steps = gr.Slider(
+                    *STEPS, 25, step=1, label="Steps", info="More is finer and slower; FLUX.2 klein: 50, distilled 4."
+                )
                 guidance = gr.Slider(
-                    *GUIDANCES, 5, step=0.5, label="Guidance", info="How closely the prompt is followed."
+                    *GUIDANCES,
+                    5,
+                    step=0.5,
+                    label="Guidance",
+                    info="How closely the prompt is followed; FLUX.2 klein: 4.",
                 )
                 precision = gr.Dropdown(
-                    _PRECISIONS, value=AUTOMATIC, label="Precision", info="Default: fp16 on a GPU, fp32 on a CPU."
+                    _PRECISIONS,
+                    value=AUTOMATIC,
+                    label="Precision",
+                    info="Default: fp16 on a GPU (FLUX.2 klein: bf16), fp32 on a CPU.",
                 )
                 goes_first = gr.Checkbox(
                     False,
