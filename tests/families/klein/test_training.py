@@ -130,6 +130,7 @@ def test_both_files_are_one_layout_that_stock_diffusers_loads_and_that_draws_the
         {"validation_prompt": "a cup", "num_validation_images": 1, "use_aspect_ratio_buckets": True},
         {"method": "sam", "rho": 0.05, "mixed_precision": "bf16", "offload": True, "cache_latents": True},
         {"use_dora": True, "method": "flat-lora", "sigma": 0.05, "lora_target_modules": "attn+ff"},
+        {"lora_target_modules": "conv", "caption_dropout": 0.1, "random_flip": True},  # as --preset demo
         {"adapter": "pissa", "loss_type": "huber", "min_timestep": 100, "weighting_scheme": "cosmap"},
     ],
     ids=lambda more: next(iter(more)),
