@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from flatlora_diffusion.adapter.parts import parts_of
+from flatlora_diffusion.adapter.layers import parts_of
 from flatlora_diffusion.config import TEXT_PARTS, ConfigError, TokenConfig
 from flatlora_diffusion.storage.rng import generator
 from flatlora_diffusion.storage.run_dir import EMBEDDINGS_FILE

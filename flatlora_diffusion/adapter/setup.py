@@ -11,14 +11,13 @@ from torch import Tensor, nn
 
 from flatlora_diffusion.adapter.delta import Updates, shared_path
 from flatlora_diffusion.adapter.full import save_merged
-from flatlora_diffusion.adapter.layers import ADAPTER, lora_layers
+from flatlora_diffusion.adapter.layers import ADAPTER, denoiser_of, lora_layers, parts_of
 from flatlora_diffusion.adapter.lora import (
     add_lora,
     start_magnitudes,
     trainable_parameters,
 )
 from flatlora_diffusion.adapter.new_tokens import add_tokens, save_embeddings
-from flatlora_diffusion.adapter.parts import denoiser_of, parts_of
 from flatlora_diffusion.adapter.svd_start import anchors
 from flatlora_diffusion.config import AdapterConfig, ConfigError, TrainConfig
 

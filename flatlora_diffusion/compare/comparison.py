@@ -26,7 +26,6 @@ import torch
 from flatlora_diffusion.compare.arms import PlannedRun
 from flatlora_diffusion.compare.by_image import by_image
 from flatlora_diffusion.compare.controls import RunOutputs, control_rows
-from flatlora_diffusion.compare.early_stopping import advise
 from flatlora_diffusion.compare.evaluator import OWN_METRICS, TRAIN, MetricValues, RunEvaluator
 from flatlora_diffusion.compare.experiment import Experiment, read_experiment
 from flatlora_diffusion.compare.fairness_checks import shared_conditions
@@ -36,7 +35,7 @@ from flatlora_diffusion.compare.inputs import free_gpu_memory
 from flatlora_diffusion.compare.page.page import GRID, PAGE, RESULT, write_compare_page
 from flatlora_diffusion.compare.picture_grid import comparison_grid
 from flatlora_diffusion.compare.plan_lines import plan_lines
-from flatlora_diffusion.compare.trajectory import TrajectoryPoint
+from flatlora_diffusion.compare.trajectory import TrajectoryPoint, advise
 from flatlora_diffusion.config import CompareConfig, TrainConfig
 from flatlora_diffusion.evaluation.metrics import describe_metrics
 from flatlora_diffusion.signals import describe_interruption

@@ -18,9 +18,8 @@ from peft.tuners.lora.layer import LoraLayer
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from flatlora_diffusion.adapter.layers import lora_layers
+from flatlora_diffusion.adapter.layers import lora_layers, parts_of
 from flatlora_diffusion.adapter.new_tokens import FILE_KEYS
-from flatlora_diffusion.adapter.parts import parts_of
 from flatlora_diffusion.config import TEXT_PARTS, ConfigError
 from flatlora_diffusion.lora_files.diffusers_file import magnitude_tensors, peft_tensors
 from flatlora_diffusion.lora_files.names import BaseNames, pipeline_names

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from flatlora_diffusion.adapter.delta import Update, Updates, cut_to_rank
-from flatlora_diffusion.adapter.parts import PARTS
+from flatlora_diffusion.adapter.layers import PARTS
 from flatlora_diffusion.config import AverageConfig, ConfigError
 from flatlora_diffusion.lora_files.loading import embedding_files
 from flatlora_diffusion.lora_files.metadata import portable_metadata

@@ -20,8 +20,8 @@ from flatlora_diffusion.adapter.layers import base_weight
 from flatlora_diffusion.config import DEFAULT_SIGMA, TrainConfig
 from flatlora_diffusion.families.base import eval_mode
 from flatlora_diffusion.families.objective import diffusion_loss
+from flatlora_diffusion.method.draw import DRAW_RANK
 from flatlora_diffusion.method.flat_lora import FlatLora
-from flatlora_diffusion.method.low_rank_draw import DRAW_RANK
 from flatlora_diffusion.storage.rng import generator
 from flatlora_diffusion.storage.versions import PROGRAM, __version__
 from flatlora_diffusion.training.state import LossIncrease, TrainState, memory_in_use, seeded_dropout

@@ -30,9 +30,8 @@ from flatlora_diffusion.families.objective import Objective
 from flatlora_diffusion.families.registry import load_base
 from flatlora_diffusion.lora_files.metadata import portable_base_name
 from flatlora_diffusion.lora_files.reading import ImportedLora, load_init_lora
-from flatlora_diffusion.method.build import step_gradient
 from flatlora_diffusion.method.flat_lora import FlatLora
-from flatlora_diffusion.method.gradient import GradientInputs, StepGradient
+from flatlora_diffusion.method.gradient import GradientInputs, StepGradient, step_gradient
 from flatlora_diffusion.storage.rng import derive_seed
 from flatlora_diffusion.storage.run_dir import RunDir
 from flatlora_diffusion.training.optimizer import build_optimizer
