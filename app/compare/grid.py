@@ -7,8 +7,7 @@ from html import escape
 from pathlib import Path
 
 from ..runs.base_names import base_name
-from ..widgets.html import file_url
-from ..widgets.static_files import read_static
+from ..widgets.html import file_url, read_static
 from ..widgets.theme import COLOURS, NO_METHOD
 from .comparison import Comparison, GridRow
 from .picture_cache import Picture

@@ -12,8 +12,8 @@ from flatlora_diffusion.config import ConfigError
 
 from ..context import AppContext
 from ..process.database import Job
-from ..runs.phase import STOPPING
 from ..runs.runs import Run
+from ..runs.state import STOPPING
 from ..widgets.run_cards import CANCEL, EARLIER, RESUME, SAVE, STOP, run_card, training_lines, waiting_card
 from ..widgets.run_charts import loss_curves, samples
 

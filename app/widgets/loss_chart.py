@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from html import escape
 
-from .static_files import read_static
+from .html import read_static
 
 _WIDTH, _HEIGHT, _LEFT, _BOTTOM, _EDGE = 640, 270, 58, 34, 18
 _TICKS = 5

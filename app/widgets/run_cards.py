@@ -10,9 +10,9 @@ from flatlora_diffusion.config import METHODS
 
 from ..forms.labels import with_labels
 from ..runs.names import IMPORTED
-from ..runs.phase import TRAINING
 from ..runs.runs import Run
-from .static_files import read_static
+from ..runs.state import TRAINING
+from .html import read_static
 from .theme import COLOURS, NO_METHOD
 
 _LAST_LINES = 12

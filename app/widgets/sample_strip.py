@@ -12,8 +12,7 @@ from html import escape
 from ..context import AppContext
 from ..runs.progress import Preview
 from ..runs.runs import Run
-from .html import file_url
-from .static_files import read_static
+from .html import file_url, read_static
 from .theme import NO_METHOD
 
 MAX_COLUMNS = 24

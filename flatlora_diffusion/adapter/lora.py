@@ -88,15 +88,11 @@ def add_lora(
     text_encoders: Mapping[str, Any] | None = None,
     clip_skip: int | None = None,
 ) -> None:
-    """Add a LoRA to the chosen layers of the denoiser and to the attention of the text encoders.
+    """Add a LoRA to the chosen layers of the denoiser and to the attention of the text encoders, given by part.
 
     A ~ N(0, 1/rank^2) is a function of (seed, part, layer), B = 0, both fp32; some adapters initialize otherwise.
 
     Args:
-        denoiser: the model that denoises.
-        config: rank, targets and kind of the adapter.
-        seed: the seed of A.
-        text_encoders: text encoders by part of the pipeline.
         clip_skip: layers of the first text encoder that the run skips.
 
     Raises:

@@ -104,7 +104,6 @@ def _compare(experiment: Experiment) -> Path:
 
 
 def _evaluate_arms(experiment: Experiment) -> ComparisonResult:
-    """Draw the grid, measure the arms and write the report without controls."""
     out = experiment.out
     evaluator, base = experiment.evaluator(experiment.arm_runs)
     logger.info("Drawing the same prompts with the base and each LoRA")
@@ -124,7 +123,6 @@ def _evaluate_arms(experiment: Experiment) -> ComparisonResult:
 
 
 def _evaluate_controls(experiment: Experiment, result: ComparisonResult) -> None:
-    """Measure the controls and write the complete report."""
     evaluator, base = experiment.evaluator(experiment.runs)
     logger.info("Measuring the controls")
     experiment.run_items(base.denoiser, experiment.control_items(evaluator))
@@ -146,7 +144,6 @@ def _evaluate_controls(experiment: Experiment, result: ComparisonResult) -> None
 
 
 def _write(out: Path, result: ComparisonResult) -> None:
-    """Write the report of `result`."""
     write_text(out / RESULT, json.dumps(result, indent=1) + "\n")
     names = {arm["key"]: arm["name"] for arm in result["arms"] if arm["role"] == "arm"}
     table = metrics_table(names, result["metrics"], result["base"], result["values"])
@@ -170,7 +167,6 @@ def _settings(experiment: Experiment) -> dict[str, Any]:
 
 
 def _measure(experiment: Experiment, evaluator: RunEvaluator, pictures: dict[str, Any]) -> ComparisonResult:
-    """Measure the base and the arms, and derive differences, verdict and advice."""
     arms, runs, first_runs = experiment.arms, experiment.arm_runs, experiment.first_runs
     values: dict[str, dict[int, MetricValues]] = {}
     images: dict[str, dict[int, dict[str, list[float]]]] = {}

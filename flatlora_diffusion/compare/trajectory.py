@@ -81,9 +81,7 @@ class Advice:
 def advise(run: Sequence[TrajectoryPoint], strengths: Mapping[float, float]) -> Advice:
     """Recommend the checkpoint and strength with the lowest held-out loss.
 
-    Args:
-        run: Measurements from the base (step 0) to the finished LoRA.
-        strengths: The held-out loss of the finished LoRA by strength.
+    `run` goes from the base (step 0) to the finished LoRA, whose held-out losses at other strengths are `strengths`.
     """
     base, last = run[0], run[-1]
     best = min(run[1:], key=lambda point: point.heldout_loss)

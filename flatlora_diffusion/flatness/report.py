@@ -75,7 +75,6 @@ def flatness(config: FlatnessConfig) -> Path:
 
 
 def _with_given_paths(config: TrainConfig, given: FlatnessConfig) -> TrainConfig:
-    """Return the run's settings with the given base and image folder."""
     if given.pretrained_model_name_or_path is not None:
         config = config.replace(pretrained_model_name_or_path=given.pretrained_model_name_or_path)
     if given.instance_data_dir is not None:

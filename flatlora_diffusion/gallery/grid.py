@@ -123,7 +123,6 @@ def _lines(text: str, font: Font, width: int) -> Iterator[str]:
 
 
 def _size(text: str, font: Font) -> tuple[int, int]:
-    """Return width and height in pixels of multiline text."""
     draw = ImageDraw.Draw(Image.new("RGB", (1, 1)))
     left, top, right, bottom = draw.multiline_textbbox((0, 0), text, font)
     return round(right - left), round(bottom - top)

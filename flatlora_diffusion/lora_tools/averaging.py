@@ -143,7 +143,6 @@ def _concatenate(updates: Sequence[Update], weights: Sequence[float]) -> Update:
 
 
 def _max_rank(updates: Updates) -> int:
-    """The highest rank of a layer."""
     return max(len(update.down) for layers in updates.values() for update in layers.values())
 
 

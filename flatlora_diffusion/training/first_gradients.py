@@ -40,7 +40,6 @@ def start_from_gradients(state: TrainState) -> None:
 
 
 def _initialize_lora_ga(state: TrainState, steps: int) -> None:
-    """Initialize LoRA-GA from the mean gradient of the first `steps`."""
     config, adapted = state.config, adapted_models(state.base.pipeline, state.config.adapter)
     state.gradient.detach()
 
@@ -72,8 +71,7 @@ def _are_finite(tensors: list[Tensor]) -> bool:
 def calibrate(state: TrainState) -> None:
     """Set rho so that it increases the loss by the share --rho_rise, and rebuild the gradient computation with it.
 
-    Raises:
-        RunError: no gradient of the first steps is finite and above 0.
+    Raises RunError if no gradient of the first steps is finite and above 0.
     """
     state.gradient.detach()
     state.progress.config = state.batches.config = state.config.replace(rho=_rho(state))

@@ -13,10 +13,9 @@ from pathlib import Path
 from flatlora_diffusion.config import TrainConfig
 from flatlora_diffusion.data.dataset import SampleSet
 from flatlora_diffusion.data.sources import Fold, load_training_set, split_fold
-from flatlora_diffusion.families.device import this_process
 from flatlora_diffusion.storage.run_dir import RunDir
 from flatlora_diffusion.training.checkpoint import best_step
-from flatlora_diffusion.training.resolve_config import check_before_loading, resolve_before_loading
+from flatlora_diffusion.training.resolve_config import resolve
 from flatlora_diffusion.training.sub_runs import (
     check_stop,
     is_same_run,
@@ -34,25 +33,12 @@ TrainFold = Callable[[TrainConfig, RunDir, SampleSet, Fold], Path]
 def choose_steps_by_folds(
     requested: TrainConfig, run: RunDir, train_fold: TrainFold
 ) -> tuple[TrainConfig, SampleSet, int]:
-    """Train the folds and find the number of steps with the lowest mean held-out loss.
+    """Train the folds by `train_fold` and find the number of steps with the lowest mean held-out loss.
 
-    Args:
-        requested: the settings of the run on all images.
-        run: the folder of that run.
-        train_fold: trains a fold in its own folder.
-
-    Returns:
-        Settings, images and number of steps of the run on all images.
-
-    Raises:
-        ConfigError, RunError: as from a training.
-        StoppedError: a stop was requested.
+    Returns settings, images and number of steps of the run on all images. Raises as a training does.
     """
     start_time = time.monotonic()
-    config = resolve_before_loading(with_saved_seed(requested, run.fold(1)), run)
-    if this_process().is_main_process:
-        run.clean()
-    check_before_loading(config)
+    config = resolve(with_saved_seed(requested, run.fold(1)), run)
     images, count = load_training_set(config.data), config.data.holdout_folds
     sizes, losses = [], []
     for fold in (Fold(number, count) for number in range(1, count + 1)):
@@ -77,9 +63,7 @@ def choose_steps_by_folds(
 def mean_losses(losses: Sequence[Mapping[int, float]], sizes: Sequence[int]) -> dict[int, float]:
     """The mean held-out loss of all images by step, for the steps that all folds have measured.
 
-    Args:
-        losses: the held-out loss by step of each fold.
-        sizes: the number of images that each fold holds out.
+    `losses` has each fold's loss by step, `sizes` the number of images that each holds out.
     """
     steps = sorted(set(losses[0]).intersection(*losses[1:]))
     return {

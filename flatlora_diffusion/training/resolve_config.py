@@ -23,12 +23,20 @@ from flatlora_diffusion.training.preview_prompts import read_pictures
 logger = logging.getLogger(__name__)
 
 
+def resolve(requested: TrainConfig, run: RunDir) -> TrainConfig:
+    """The settings of a run with seed and precision, after all checks that need no model.
+
+    The main process deletes requests and partial files that an earlier run has left.
+    """
+    config = resolve_before_loading(requested, run)
+    if this_process().is_main_process:
+        run.clean()
+    check_before_loading(config)
+    return config
+
+
 def resolve_before_loading(config: TrainConfig, run: RunDir) -> TrainConfig:
     """Resolve seed and precision; if a run is resumed, also all settings that it has saved and `config` leaves open.
-
-    Args:
-        config: the requested settings.
-        run: the run's folder.
 
     Raises:
         ConfigError: the folder of a new run has other files or lies within the images, or there is no run to resume.
@@ -134,13 +142,7 @@ def resolve_after_loading(
 ) -> TrainConfig:
     """Resolve precision, resolution and number of steps: a pure and idempotent function.
 
-    Args:
-        config: settings with a seed.
-        precision: accelerate's precision.
-        resolution: pixels, as the base supports it.
-        size_step: pixels that sizes of images are multiples of.
-        images: the images to train on.
-        processes: the number of processes.
+    The sides of images are multiples of `size_step` pixels.
     """
     sized = config.replace(mixed_precision=precision, resolution=resolution)
     return sized.replace(max_train_steps=build_schedule(sized, images, size_step, processes).total_steps)

@@ -39,14 +39,9 @@ _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 @dataclass(frozen=True)
 class Check:
-    """The result of a single check.
+    """The result of a single check: its key in events.jsonl, the result as text, and measured values.
 
-    Attributes:
-        name: its key in events.jsonl.
-        is_right: whether the check passed.
-        message: the result as text.
-        figures: the measured values, for events.jsonl.
-        is_of_settings: whether a failure is due to the run's settings and not to the device.
+    `is_of_settings`: a failure is due to the run's settings and not to the device.
     """
 
     name: str
@@ -74,7 +69,7 @@ def begin_self_check(state: TrainState) -> SelfCheck | None:
 
 
 class SelfCheck:
-    """Checks the first steps of a run and logs the results. An error in a check is logged and does not end the run."""
+    """Checks the first steps of a run and logs the results; an error in a check does not end the run."""
 
     def __init__(self, state: TrainState, is_complete: bool = True) -> None:
         self.checks: list[Check] = []

@@ -20,10 +20,9 @@ from app.dataset.tab import load_samples_icons
 from app.forms.forms import ConfigForm, preset_settings
 from app.forms.labels import LABELS
 from app.process.launch import Launch
-from app.runs.phase import CACHING, ENDING, LOADING, PREVIEWS, SAVING, STOPPING, TRAINING, phase_of
 from app.runs.progress import Progress
 from app.runs.runs import Run
-from app.runs.state import RunState
+from app.runs.state import CACHING, ENDING, LOADING, PREVIEWS, SAVING, STOPPING, TRAINING, RunState, phase_of
 from app.train.actions import run_action
 from app.train.estimates import estimate_disk
 from app.train.live_view import actions_for
