@@ -13,8 +13,8 @@ from flatlora_diffusion.gallery.grid import labelled_grid
 from flatlora_diffusion.storage.atomic_io import atomic_write, write_text
 
 from ..process.file_cache import file_hash
-from ..runs.base_names import base_name
 from ..widgets.html import data_url, read_static
+from ..widgets.run_cards import base_name
 from .comparison import Comparison, GridRow
 from .grid import AMPLIFIED, difference_titles, enlarged
 from .picture_cache import PRECISIONS, Picture

@@ -132,7 +132,8 @@ def _evaluate_controls(experiment: Experiment, result: ComparisonResult) -> None
     for planned in experiment.control_runs:
         values[planned.arm.key] = {planned.seed: evaluator.losses(planned)}
     runs = [*experiment.first_runs, *experiment.control_runs]
-    outputs = {planned.arm.key: _outputs(planned, evaluator) for planned in runs}
+    seed = evaluator.prompts.seeds[0]
+    outputs = {run.arm.key: RunOutputs(run.lora, evaluator.pictures(run.lora, seed)) for run in runs}
     complete: ComparisonResult = {
         **result,
         "arms": [*result["arms"], *(asdict(planned.arm) for planned in experiment.control_runs)],
@@ -215,10 +216,6 @@ def _advice(
     losses = {strength: values["heldout_loss"] for strength, values in strengths[planned.arm.key].items()}
     advice = advise(trajectories[planned.arm.key][planned.seed], losses)
     return {"arm": planned.arm.key, "seed": planned.seed, **asdict(advice)}
-
-
-def _outputs(planned: PlannedRun, evaluator: RunEvaluator) -> RunOutputs:
-    return RunOutputs(planned.lora, evaluator.pictures(planned.lora, evaluator.prompts.seeds[0]))
 
 
 def _groups(runs: Sequence[PlannedRun], evaluator: RunEvaluator) -> dict[str, Any]:

@@ -21,8 +21,7 @@ import torch
 from flatlora_diffusion.adapter.new_tokens import new_tokens, replace_in_captions
 from flatlora_diffusion.config import ConfigError, FlatnessConfig, ModelConfig, TrainConfig
 from flatlora_diffusion.data.dataset import Sample
-from flatlora_diffusion.data.image_folders import image_folders
-from flatlora_diffusion.data.sources import check_not_trained_on, load_heldout, load_training_set
+from flatlora_diffusion.data.sources import check_not_trained_on, image_folders, load_heldout, load_training_set
 from flatlora_diffusion.evaluation.finished_runs import FinishedRun, check_images, read_runs
 from flatlora_diffusion.evaluation.probe import Probe, fixed_probe
 from flatlora_diffusion.families.base import Base

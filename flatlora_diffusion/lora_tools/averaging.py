@@ -191,7 +191,9 @@ def _base_hash(file: Path) -> str | None:
 
 def _check_same_layers(members: Sequence[ImportedLora], names: Sequence[str]) -> None:
     """Raise ConfigError if a LoRA adapts a layer that another does not."""
-    first, *others = [_layer_paths(member.updates) for member in members]
+    first, *others = [
+        {f"{part}.{module}" for part, modules in member.updates.items() for module in modules} for member in members
+    ]
     for layers, name in zip(others, names[1:], strict=True):
         for missing, lacking in ((first - layers, name), (layers - first, names[0])):
             if missing:
@@ -199,10 +201,6 @@ def _check_same_layers(members: Sequence[ImportedLora], names: Sequence[str]) ->
                     f"loras adapt different layers: {lacking} lacks {len(missing)}, such as {min(missing)}; "
                     "give LoRAs that were trained on the same layers"
                 )
-
-
-def _layer_paths(updates: Updates) -> set[str]:
-    return {f"{part}.{module}" for part, modules in updates.items() for module in modules}
 
 
 def _average_embeddings(files: Sequence[Path], names: Sequence[str], weights: Sequence[float]) -> dict[str, Tensor]:

@@ -44,7 +44,8 @@ def choose_steps_by_folds(
     for fold in (Fold(number, count) for number in range(1, count + 1)):
         training, heldout = split_fold(images.samples, *fold)
         fold_run, name = run.fold(fold.number), f"fold {fold.number} of {fold.of}"
-        fold_config = _fold_config(with_time_left(config, start_time), fold_run, len(heldout))
+        changes = {"holdout_folds": 0, "holdout_images": len(heldout), "checkpoints_total_limit": 1}
+        fold_config = sub_run_config(with_time_left(config, start_time), fold_run, **changes)
         is_same = is_same_run(fold_run, fold_config, training, heldout)
         if is_same and _is_complete(fold_run, fold_config):
             logger.info("%s: already trained in %s", name, fold_run.folder)
@@ -79,10 +80,6 @@ def _best_step(losses: Sequence[Mapping[int, float]], sizes: Sequence[int]) -> i
     hint = "; it still fell at the end, so more --max_train_steps may be better" if best == max(means) else ""
     logger.info("the run on all images takes %d steps%s", best, hint)
     return best
-
-
-def _fold_config(config: TrainConfig, fold_run: RunDir, heldout: int) -> TrainConfig:
-    return sub_run_config(config, fold_run, holdout_folds=0, holdout_images=heldout, checkpoints_total_limit=1)
 
 
 def _is_complete(fold_run: RunDir, config: TrainConfig) -> bool:

@@ -11,8 +11,8 @@ from accelerate.utils import broadcast_object_list, parse_choice_from_env
 
 from flatlora_diffusion.adapter.lora import planned_loras
 from flatlora_diffusion.config import ADAPTERS, ConfigError, TrainConfig, settings_with
-from flatlora_diffusion.data.image_folders import check_folders_apart
 from flatlora_diffusion.data.schedule import Shape, build_schedule
+from flatlora_diffusion.data.sources import check_folders_apart
 from flatlora_diffusion.families.device import DTYPES, check_precision, this_process
 from flatlora_diffusion.families.registry import family_of
 from flatlora_diffusion.storage.atomic_io import check_writable
