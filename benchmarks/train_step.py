@@ -42,8 +42,7 @@ from flatlora_diffusion.families.batch import Batch
 from flatlora_diffusion.families.device import DTYPES
 from flatlora_diffusion.families.paths import base_path
 from flatlora_diffusion.families.sdxl.objective import SdxlObjective
-from flatlora_diffusion.method.build import step_gradient
-from flatlora_diffusion.method.gradient import GradientInputs
+from flatlora_diffusion.method.gradient import GradientInputs, step_gradient
 from flatlora_diffusion.storage.run_dir import RunDir
 from flatlora_diffusion.training.checkpoint import start_run
 from flatlora_diffusion.training.first_gradients import start_from_gradients

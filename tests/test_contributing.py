@@ -38,7 +38,7 @@ def test_the_floors_are_those_of_the_architecture() -> None:
         ("OWN_METRICS", "flatlora_diffusion/compare/evaluator.py"),
         ("_TOOLS", "flatlora_diffusion/lora_tools/tool_support.py"),
         ("TABLE", "tests/lora_tools/test_tool_support.py"),
-        ("TARGET_SETS", "flatlora_diffusion/adapter/targets.py"),
+        ("TARGET_SETS", "flatlora_diffusion/adapter/lora.py"),
         ("RUNS", "tests/commands/test_every_flag.py"),
     ],
 )

@@ -28,13 +28,7 @@ logger = logging.getLogger(__name__)
 
 
 def save_lora(state: TrainState, folder: Path, step: int, is_end: bool = False) -> dict[str, Any]:
-    """Write the LoRA files and verify them.
-
-    Args:
-        state: the run, with the weights to save.
-        folder: the run's folder or a checkpoint's.
-        step: the number of steps done.
-        is_end: whether the LoRA is the run's result.
+    """Write the LoRA files after `step` steps into the folder of the run (`is_end`) or a checkpoint, and verify them.
 
     Returns:
         The proof for events.jsonl: files, norms of the update, largest error.

@@ -17,12 +17,22 @@ from huggingface_hub import constants
 from PIL import Image
 
 from app.context import AppContext, make_context
-from app.dataset.bulk import END, FRONT, REMOVE, REPLACE, change_all, changed_captions
-from app.dataset.captioning import caption_all, caption_by_model, empty_captions, undo_captions, use_trigger
+from app.dataset.captioning import (
+    END,
+    FRONT,
+    REMOVE,
+    REPLACE,
+    caption_all,
+    caption_by_model,
+    change_all,
+    changed_captions,
+    empty_captions,
+    undo_captions,
+    use_trigger,
+)
 from app.dataset.cards import card_functions, cards_page
 from app.dataset.layout import build_intake
-from app.dataset.removal import remove_all
-from app.dataset.tab import load_samples_icons, show, upload
+from app.dataset.tab import load_samples_icons, remove_all, show, upload
 from app.dataset.thumbnails import Thumbnails, as_trained
 from app.dataset.view import DatasetView, Framing, fill_captions, load_view, training_size
 from app.forms.forms import ConfigForm, preset_settings

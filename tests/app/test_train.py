@@ -20,18 +20,16 @@ from app.dataset.tab import load_samples_icons
 from app.forms.forms import ConfigForm, preset_settings
 from app.forms.labels import LABELS
 from app.process.launch import Launch
-from app.runs.phase import CACHING, ENDING, LOADING, PREVIEWS, SAVING, STOPPING, TRAINING, phase_of
 from app.runs.progress import Progress
 from app.runs.runs import Run
-from app.runs.state import RunState
+from app.runs.state import CACHING, ENDING, LOADING, PREVIEWS, SAVING, STOPPING, TRAINING, RunState, phase_of
 from app.train.actions import run_action
 from app.train.estimates import estimate_disk
 from app.train.live_view import actions_for
 from app.train.tab import BOTH, PLAIN, apply_preset, live, start, start_with_room, summary
 from app.ui import build_app
-from app.widgets.loss_chart import loss_chart
+from app.widgets.loss_chart import loss_chart, loss_curves, run_colours, smooth
 from app.widgets.run_cards import run_card, training_lines
-from app.widgets.run_charts import loss_curves, run_colours, smooth
 from app.widgets.theme import COLOURS
 from flatlora_diffusion.config import METHODS, SAMPLES, TrainConfig
 from flatlora_diffusion.storage.run_dir import RunDir

@@ -24,8 +24,8 @@ from torch import Tensor, nn
 
 from flatlora_diffusion import FlatLora
 from flatlora_diffusion.config import DrawKind
+from flatlora_diffusion.method.draw import DRAW_RANK
 from flatlora_diffusion.method.gradient import weights_shifted
-from flatlora_diffusion.method.low_rank_draw import DRAW_RANK
 from flatlora_diffusion.method.rivals.sam import LoraSam
 from flatlora_diffusion.method.rivals.weight_gradients import read_weight_gradients
 

@@ -19,9 +19,8 @@ from flatlora_diffusion.config import TrainConfig
 from flatlora_diffusion.families.sdxl.shapes import on_meta
 from flatlora_diffusion.memory.estimate import estimate_memory
 from flatlora_diffusion.memory.meta_allocator import AsOnGpu, LiveBytes
-from flatlora_diffusion.method import layers, low_rank_draw
-from flatlora_diffusion.method.build import step_gradient
-from flatlora_diffusion.method.gradient import GradientInputs
+from flatlora_diffusion.method import draw, layers
+from flatlora_diffusion.method.gradient import GradientInputs, step_gradient
 from flatlora_diffusion.method.rivals import sam, weight_gradients
 from flatlora_diffusion.method.rivals.weight_gradients import read_weight_gradients
 
@@ -74,7 +73,7 @@ class Micro:
 def peak_of_a_step(config: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> int:
     """The most bytes beside weights, the LoRA's gradients and a second LoRA's optimizer state."""
     monkeypatch.setattr(torch, "Generator", AnyDevice)
-    for module in (layers, low_rank_draw, weight_gradients):  # as under autocast
+    for module in (layers, draw, weight_gradients):  # as under autocast
         monkeypatch.setattr(module, "compute_dtype", lambda device, otherwise: torch.bfloat16)
     monkeypatch.setattr(sam, "_can_ascend", lambda length: True)  # nothing can be read
     unet = on_meta(config.model, "unet").bfloat16().train()

@@ -15,7 +15,7 @@ from flatlora_diffusion.commands import doctor
 from flatlora_diffusion.config import TrainConfig
 from flatlora_diffusion.families.sdxl.random_base import random_sdxl
 from flatlora_diffusion.memory.estimate import GIB, estimate_memory
-from flatlora_diffusion.method.full_draw import FullDraw
+from flatlora_diffusion.method.draw import FullDraw
 from flatlora_diffusion.storage.hashing import DrawHash
 from flatlora_diffusion.storage.run_dir import RunDir
 from flatlora_diffusion.training import selfcheck
