@@ -294,6 +294,7 @@ def test_flatness_lists_the_files_that_exist(
     assert f"Look at {listed} and strength.png in {tmp_path}" in capsys.readouterr().out
 
 
+@pytest.mark.long
 def test_importing_the_libraries_prints_nothing() -> None:
     program = (
         "import logging; logging.basicConfig(level=logging.INFO); "

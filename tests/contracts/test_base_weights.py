@@ -55,8 +55,9 @@ def test_base_weights_are_bit_identical_after_100_perturbed_steps(dtype: torch.d
     assert not any(torch.equal(a, b) for a, b in zip(lora_before, lora_after, strict=True)), "a LoRA was not trained"
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("dora", [False, True], ids=["lora", "dora"])
+@pytest.mark.parametrize(
+    ("dtype", "dora"), [(torch.float32, True), (torch.bfloat16, False), (torch.float16, True)], ids=str
+)
 def test_base_weights_of_a_unet_are_bit_identical(dtype: torch.dtype, dora: bool) -> None:
     case = unet_case(Adapter(dtype=dtype, dora=dora))
     before = snapshot(case.model)

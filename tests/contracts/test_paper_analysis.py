@@ -135,7 +135,7 @@ def test_while_b_is_zero_sam_over_a_and_b_reaches_the_row_space_of_a_alone() -> 
         assert (g @ inside).norm() < 0.9 * g.norm(), "here the steepest way in W' itself lies there too"
 
 
-@pytest.mark.parametrize("width", [64, 256, 1024, 4096])
+@pytest.mark.parametrize("width", [64, *(pytest.param(width, marks=pytest.mark.long) for width in (256, 1024)), 4096])
 @pytest.mark.parametrize(("draw", "draws"), [("full", 400), ("low_rank", 2000)])
 def test_the_variance_that_eps_adds_to_activations_is_the_same_at_every_width(
     draw: DrawKind, draws: int, width: int
@@ -206,7 +206,7 @@ def test_the_gradient_of_the_smoothed_loss_is_lipschitz_with_the_constant_of_lem
         assert max(curvatures) == pytest.approx(math.sqrt(2 / math.pi) * ALPHA / sigma, rel=0.01)
 
 
-@pytest.mark.parametrize("sigma", SIGMAS)
+@pytest.mark.parametrize("sigma", [0.3, *(pytest.param(one, marks=pytest.mark.long) for one in SIGMAS if one != 0.3)])
 def test_flat_lora_trains_on_the_smoothed_loss_of_lemma_3_1(sigma: float) -> None:
     """W' = W + b x^T with W orthogonal to x, so that b and -b have one ||W'|| and so one std of eps x.
 

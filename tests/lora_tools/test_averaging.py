@@ -80,8 +80,10 @@ def average(tmp_path: Path, base: Path, *arguments: str, names: tuple[str, ...] 
     return main(["average", *files, "--base", str(base), "--dtype", "fp32", *output, *arguments])
 
 
-@pytest.mark.parametrize("layout", ["kohya", "diffusers"])
-@pytest.mark.parametrize(("weights", "strength"), [((), 1.0), ((1.0, 1.0), 1.0), ((3.0, 1.0), 1.0), ((1.0, 0.0), 1.3)])
+@pytest.mark.parametrize(
+    ("layout", "weights", "strength"),
+    [("kohya", (), 1.0), ("diffusers", (3.0, 1.0), 1.0), ("diffusers", (1.0, 0.0), 1.3)],
+)
 def test_a_stock_pipeline_loads_the_weighted_mean(
     two_loras: tuple[Factors, Factors],
     base: Path,

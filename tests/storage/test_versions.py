@@ -45,6 +45,7 @@ print(versions()["flatlora-diffusion"])
 """
 
 
+@pytest.mark.long
 def test_a_checkout_without_installation_knows_its_version() -> None:
     asked = [sys.executable, "-c", WITHOUT_DISTRIBUTION + REPORTS]
     done = subprocess.run(asked, cwd=ROOT, capture_output=True, text=True, check=False, timeout=HANGS)
