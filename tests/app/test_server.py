@@ -98,7 +98,10 @@ def foreign(headers: dict[str, str], method: str, path: str, **body: Any) -> Cal
 
 def hostile_hosts() -> dict[str, Callable[[Target], bool]]:
     found: dict[str, Callable[[Target], bool]] = {}
-    for host in ("evil.example", "evil.example:7860", "127.0.0.1.evil.example", "localhost@evil.example"):
+    for host in (
+        *("evil.example", "evil.example:7860", "127.0.0.1.evil.example", "localhost.evil.example", "evil-localhost"),
+        *("localhost@evil.example", "evil.example#localhost", "127.0.0.1:7860:80", "192.168.0.5:7860"),
+    ):
         both = {"Host": host, "Origin": f"http://{host}"}
         found |= {
             f"page of {host}": foreign({"Host": host}, "GET", "/"),
@@ -116,7 +119,10 @@ def hostile_hosts() -> dict[str, Callable[[Target], bool]]:
 
 def hostile_origins() -> dict[str, Callable[[Target], bool]]:
     found: dict[str, Callable[[Target], bool]] = {}
-    for origin in ("http://evil.example", "null", "http://127.0.0.1:1", "http://localhost.evil.example", "file://"):
+    for origin in (
+        *("http://evil.example", "null", "", "file://", "chrome-extension://abc", "http://127.0.0.1:1"),
+        *("http://localhost.evil.example", "http://evil.example@127.0.0.1:7860"),
+    ):
         headers = {"Origin": origin}
         found |= {
             f"upload from {origin}": foreign(headers, "POST", "/gradio_api/upload", files={"files": b"x"}),

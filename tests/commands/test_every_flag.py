@@ -147,7 +147,8 @@ RUNS: dict[str, str] = {
     "previews": "--validation_prompt icon --num_validation_images 1 --validation_epochs 1 --validation_prompts_file "
     "PROMPTS --validation_data_dir ICONS --report_to tensorboard --logging_dir log --output_name mine",
     "saving": "--holdout_images 1 --holdout_patience 1 --checkpointing_steps 1 --checkpoints_total_limit 1 "
-    "--output_kohya_format --max_train_seconds 600 --local_rank 0 --selfcheck always --num_train_epochs 3 --save_dtype bf16",
+    "--output_kohya_format --max_train_seconds 600 --local_rank 0 --selfcheck always --num_train_epochs 3 "
+    "--save_dtype bf16",
     "resume": "--resume_from_checkpoint latest --checkpointing_steps 1 --method sam --rho 0.1 "
     "--pretrained_vae_model_name_or_path BASE/vae --resolution 16 --train_batch_size 1",
     "quantized": "--quantize_base torchao-int8",

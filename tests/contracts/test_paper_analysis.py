@@ -24,7 +24,6 @@ from torch import Tensor, nn
 
 from flatlora_diffusion import FlatLora
 from flatlora_diffusion.config import DrawKind
-from flatlora_diffusion.method.gradient import weights_shifted
 from flatlora_diffusion.method.low_rank_draw import DRAW_RANK
 from flatlora_diffusion.method.rivals.sam import LoraSam
 from flatlora_diffusion.method.rivals.weight_gradients import read_weight_gradients
@@ -73,32 +72,6 @@ def slopes(case: Case) -> dict[str, Tensor]:
     """G of each layer, (m, n); A and B have their gradients afterwards."""
     gradients = read_weight_gradients([case.model], [Watched(case)])
     return {name: gradient.flatten(1) for name, gradient in zip(lora_layers(case.model), gradients, strict=True)}
-
-
-def test_moving_a_and_b_moves_w_prime_by_three_terms() -> None:
-    case = toy_case()
-    before = merged(case)
-    steps = {
-        factor: 0.3 * normal(20 + place, *factor.shape) for place, factor in enumerate(sum(factors(case).values(), ()))
-    }
-    with weights_shifted(steps):
-        after = merged(case)
-    for name, (down, up) in factors(case).items():
-        a, b, eps_a, eps_b = matrices(down, up, steps[down], steps[up])
-        terms = [scale(case, name) * term for term in (b @ eps_a, eps_b @ a, eps_b @ eps_a)]
-        whole = terms[0] + terms[1] + terms[2]
-        torch.testing.assert_close(after[name] - before[name], whole, rtol=1e-4, atol=1e-5)
-        assert min(term.norm() for term in terms) > 0.05 * whole.norm(), "a term is too small to be missed"
-
-
-def test_the_gradients_of_a_and_b_are_those_of_w_prime_through_the_other_factor() -> None:
-    case = toy_case()
-    gradients = slopes(case)
-    for name, (down, up) in factors(case).items():
-        a, b, grad_a, grad_b = matrices(down, up, down.grad, up.grad)
-        torch.testing.assert_close(grad_a, scale(case, name) * b.mT @ gradients[name], rtol=1e-4, atol=1e-6)
-        torch.testing.assert_close(grad_b, scale(case, name) * gradients[name] @ a.mT, rtol=1e-4, atol=1e-6)
-        assert min(grad_a.norm(), grad_b.norm()) > 1e-4, "too small to tell"
 
 
 def ascent(case: Case) -> tuple[dict[str, Tensor], dict[str, Tensor], float]:
@@ -184,26 +157,6 @@ def smoothed_curvature(y: float, sigma: float) -> float:
     edge = ALPHA / BETA
     inside = [math.erf((side - y) / (sigma * math.sqrt(2))) for side in (edge, -edge)]
     return BETA * (inside[0] - inside[1]) / 2
-
-
-@pytest.mark.parametrize("sigma", [0.001, 0.03, *SIGMAS, 3.0, 100.0])
-def test_the_gradient_of_the_smoothed_loss_is_lipschitz_with_the_constant_of_lemma_3_1(sigma: float) -> None:
-    """The toy's closed form, which the next test holds FlatLora to.
-
-    Lemma 3.1: of an alpha-Lipschitz, beta-smooth loss the mean under Gaussian noise of std sigma is
-    min(alpha / sigma, beta)-smooth.
-
-    beta is attained where the noise is small. Where it is large sqrt(2 / pi) alpha / sigma is, the most that any
-    alpha-Lipschitz loss of one direction can have, as its curvature is E[L'(y + sigma z) z] / sigma.
-    """
-    curvatures = [smoothed_curvature(0.01 * place, sigma) for place in range(-500, 501)]
-    bound = min(ALPHA / sigma, BETA)
-    assert min(curvatures) >= 0
-    assert max(curvatures) <= bound * (1 + 1e-12)
-    if sigma < ALPHA / BETA / 2.9:
-        assert max(curvatures) > 0.99 * BETA
-    if sigma > 5 * ALPHA / BETA:
-        assert max(curvatures) == pytest.approx(math.sqrt(2 / math.pi) * ALPHA / sigma, rel=0.01)
 
 
 @pytest.mark.parametrize("sigma", [0.3, *(pytest.param(one, marks=pytest.mark.long) for one in SIGMAS if one != 0.3)])

@@ -62,11 +62,6 @@ def test_the_versions_are_those_of_the_program_and_its_libraries() -> None:
     assert all(re.match(r"\d+\.\d+", text) for text in result.values())
 
 
-def test_only_the_versions_module_reads_package_metadata() -> None:
-    modules = [path for folder in ("flatlora_diffusion", "app") for path in (ROOT / folder).rglob("*.py")]
-    assert [path.stem for path in modules if "importlib.metadata" in path.read_text("utf-8")] == ["versions"]
-
-
 def test_a_missing_library_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
     def hide(name: str) -> str:
         if name == "diffusers":
