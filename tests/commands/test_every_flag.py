@@ -139,8 +139,6 @@ RUNS: dict[str, str] = {
     "objective": "--do_edm_style_training --noise_offset 0.05 --loss_type huber --adapter lora-ga "
     "--lora_ga_steps 1 --multires_noise_iterations 2 "
     "--multires_noise_discount 0.5 --ip_noise_gamma 0.1 --min_timestep 10 --max_timestep 900",
-    "holdout folds": "--holdout_folds 2 --checkpointing_steps 1",
-    "average of members": "--members 2 --average_rank 3 --remove_members",
     "method": "--method flat-lora --sigma 0.05 --sigma_schedule down --sigma_ramp_steps 1 --perturb_seed 1 "
     "--perturb_per step --perturb_noise iid --perturb_draw low_rank --perturb_norm_every 2 --lora_init_seed 3 "
     "--prior_from_base --class_prompt icon",
@@ -160,6 +158,10 @@ NOT_RUN = {
     "enable_xformers_memory_efficient_attention": "xformers needs a GPU",
     "push_to_hub": "test_hub.py uploads to a hub on localhost",
     "hub_token": "test_hub.py",
+    "holdout_folds": "test_holdout_folds.py trains the folds",
+    "members": "test_members.py trains them",
+    "average_rank": "test_members.py",
+    "remove_members": "test_members.py",
     "weighting_scheme": "of flow matching; test_training.py of FLUX.2 klein runs it",
     "logit_mean": "tests/families/klein/test_objective.py",
     "logit_std": "test_training.py of FLUX.2 klein",

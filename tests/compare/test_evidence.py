@@ -75,6 +75,7 @@ def test_the_notebook_runs_from_top_to_bottom(base: Path, icons: Path, tmp_path:
     assert content["settings"]["mixed_precision"] == "bf16"
 
 
+@pytest.mark.long
 @pytest.mark.usefixtures("short_drawings")
 def test_each_part_adds_to_the_one_before_and_its_figures_name_nobody(
     base: Path,

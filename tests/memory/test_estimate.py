@@ -340,6 +340,7 @@ def test_the_vae_needs_no_more_for_batches_and_large_images_than_for_one_of_1024
     assert half.decode_peak < 0.6 * single.decode_peak
 
 
+@pytest.mark.long
 def test_a_vae_fixed_for_fp16_counts_half(config: TrainConfig, tmp_path: Path) -> None:
     vae = AutoencoderKL.from_pretrained(Path(config.model.pretrained_model_name_or_path) / "vae")
     plain = config.replace(mixed_precision="bf16", validation_prompt="an icon")
