@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -27,7 +26,6 @@ from app.train.estimates import estimate_disk
 from app.train.live_view import actions_for
 from app.train.tab import BOTH, PLAIN, apply_preset, live, start, start_with_room, summary
 from app.ui import build_app
-from app.widgets.loss_chart import loss_chart
 from app.widgets.run_cards import run_card, training_lines
 from app.widgets.run_charts import loss_curves, run_colours, smooth
 from app.widgets.theme import COLOURS
@@ -240,15 +238,6 @@ def test_images_without_a_caption_are_told_before_the_start(context: AppContext)
     assert "46 steps; each image is seen about 8 times" in told
 
 
-@pytest.mark.parametrize("name", ["x" * 61, "right\u202eleft", "zero\u200bwidth"])
-def test_a_run_that_cannot_be_told_by_its_name_is_not_queued(context: AppContext, name: str) -> None:
-    form = ConfigForm()
-    session, *_ = load_samples_icons(context, "")
-    with pytest.raises(gr.Error, match="the name has"):
-        start(context, form, session, name, BOTH, *form.write({"max_train_steps": 2, "report_to": "none"}))
-    assert context.queue.jobs() == []
-
-
 def test_what_waits_is_moved_up_and_cancelled_from_its_card(context: AppContext) -> None:
     session, _, *_ = load_samples_icons(context, "")
     form = ConfigForm()
@@ -344,27 +333,6 @@ def test_a_pickle_is_refused_before_the_start_whatever_it_is_called(
     with pytest.raises(gr.Error, match="model"):
         start(context, form, session, "one", PLAIN, *values)
     assert context.queue.jobs() == []
-
-
-@pytest.mark.parametrize("losses", [[0.5], [0.1, 0.1], [0.02, 3.0, 0.7], [0.0, 0.0], [-1e-9, 1e-9]])
-def test_a_curve_stays_inside_of_its_chart(losses: list[float]) -> None:
-    chart = loss_chart({"run": list(enumerate(losses))}, {"run": "#cf7600"}, "Loss", "")
-    path = re.search(r' d="M(.*?)"', chart)
-    assert path is not None
-    places = [tuple(map(float, one.split())) for one in path[1].split(" L")]
-    assert len(places) == len(losses)
-    assert all(58 <= x <= 630 and 10 <= y <= 236.1 for x, y in places), places
-
-
-@pytest.mark.parametrize(("steps", "ticks"), [(1, [0, 1]), (40, [0, 10, 20, 30, 40]), (150, [0, 50, 100, 150])])
-def test_a_curve_ends_at_its_number_of_steps_over_round_numbers(
-    context: AppContext, steps: int, ticks: list[int]
-) -> None:
-    make_run(context, "one", "lora", [0.3] * steps)
-    chart = loss_curves(context, [context.runs.get("one")]).value
-    shown = re.findall(r'text-anchor="middle">(\d+)</text>', chart)
-    assert list(map(int, shown)) == ticks
-    assert f"after step {steps}" in chart
 
 
 def test_a_curve_is_smoothed_over_a_tenth_of_the_run_and_has_few_points() -> None:
