@@ -176,14 +176,6 @@ def test_without_a_verb_the_help_has_a_line_for_each(capsys: pytest.CaptureFixtu
     assert all(len(line) < 100 for line in lines)
 
 
-@pytest.mark.parametrize("verb", sorted(VERBS | {"app", "demo", "doctor"}))
-def test_usage_shows_the_command_as_users_type_it(capsys: pytest.CaptureFixture[str], verb: str) -> None:
-    with pytest.raises(SystemExit) as stop:
-        raise SystemExit(main([verb, "--help"]))
-    assert stop.value.code == 0
-    assert capsys.readouterr().out.startswith(f"usage: flatlora {verb} ")
-
-
 def test_the_demo_is_compare_with_the_demo_preset(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[tuple[TrainConfig, CompareConfig]] = []
 
@@ -294,6 +286,7 @@ def test_flatness_lists_the_files_that_exist(
     assert f"Look at {listed} and strength.png in {tmp_path}" in capsys.readouterr().out
 
 
+@pytest.mark.long
 def test_importing_the_libraries_prints_nothing() -> None:
     program = (
         "import logging; logging.basicConfig(level=logging.INFO); "

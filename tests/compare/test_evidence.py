@@ -75,6 +75,8 @@ def test_the_notebook_runs_from_top_to_bottom(base: Path, icons: Path, tmp_path:
     assert content["settings"]["mixed_precision"] == "bf16"
 
 
+@pytest.mark.long
+@pytest.mark.usefixtures("short_drawings")
 def test_each_part_adds_to_the_one_before_and_its_figures_name_nobody(
     base: Path,
     icons: Path,
@@ -146,6 +148,7 @@ def cells() -> list[str]:
     return ["".join(cell["source"]) for cell in notebook["cells"] if cell["cell_type"] == "code"]
 
 
+@pytest.mark.long
 def test_the_rehearsal_fits_a_t4_on_colab(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     config, options = parse_comparison(EVIDENCE, (*DEFAULTS, *BASE_FLAGS), [], EvidenceConfig())

@@ -166,22 +166,6 @@ def test_the_arms_are_trained_then_drawn_then_measured_then_come_the_nulls(stopp
     assert stopped.happened[-1] == "train sigma-0 compare.png compare.html", "the report is there before the nulls"
 
 
-def test_the_first_lines_state_the_plan_without_captions(stopped: Story) -> None:
-    summary, *steps = stopped.lines[:8]
-    assert summary.startswith("3 images, captions 3/3")
-    assert "broken.png" in summary
-    assert "LICENSE" not in summary
-    assert [line[:9] for line in steps[:4]] == ["1. train ", "2. draw 1", "3. measur", "4. train "]
-    assert "LoRA and Flat-LoRA on them, 2 steps each" in steps[0]
-    assert str(stopped.out / "compare.png") in steps[1]
-    assert str(stopped.out / "compare.html") in steps[2]
-    assert "Flat-LoRA at sigma 0, LoRA with other draws, Flat-LoRA with another eps" in steps[3]
-    assert steps[4] == "5 trainings in all"
-    assert all(line.startswith("About ") for line in steps[5:])
-    assert str(stopped.out) in steps[5]
-    assert len(set(stopped.lines)) == len(stopped.lines), "no line twice"
-
-
 def test_the_estimate_is_updated_from_measured_steps(stopped: Story, resumed: Story) -> None:
     told = [line for story in (stopped, resumed) for line in story.lines if " trainings done; " in line]
     assert [line[:6] for line in told] == [f"{done} of 5" for done in (1, 2, 3, 4)]

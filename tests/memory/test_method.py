@@ -109,11 +109,11 @@ def peak_of_a_step(config: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> int:
             {"method": "sam", "lora_target_modules": "conv", "gradient_accumulation_steps": 2}, marks=pytest.mark.long
         ),
         pytest.param({"method": "lora", "adapter": "lora-ga", "lora_ga_steps": 3}, marks=pytest.mark.long),
-        {"method": "bi-lora"},
+        pytest.param({"method": "bi-lora"}, marks=pytest.mark.long),
         pytest.param({"method": "bi-lora", "gradient_checkpointing": True}, marks=pytest.mark.long),
         pytest.param({"method": "lora-sam"}, marks=pytest.mark.long),
         {"method": "flat-lora"},
-        {"method": "flat-lora", "perturb_draw": "full"},
+        pytest.param({"method": "flat-lora", "perturb_draw": "full"}, marks=pytest.mark.long),
         pytest.param({"method": "flat-lora", "gradient_checkpointing": True}, marks=pytest.mark.long),
         pytest.param({"method": "flat-lora", "lora_target_modules": "conv"}, marks=pytest.mark.long),
         pytest.param({"method": "flat-lora", "use_dora": True, "lora_target_modules": "conv"}, marks=pytest.mark.long),

@@ -150,6 +150,7 @@ def test_sigterm_saves_and_exits_with_3(config: TrainConfig, tmp_path: Path) -> 
     assert run.checkpoints()[-1].name == f"checkpoint-{step}"
 
 
+@pytest.mark.long
 def test_a_killed_run_resumes_to_the_same_lora(config: TrainConfig, tmp_path: Path) -> None:
     """Killed at three arbitrary moments: its files load, and the result equals that of an unbroken run."""
     steps = 45

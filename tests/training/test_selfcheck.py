@@ -179,7 +179,7 @@ def test_the_doctor_tries_both_methods_with_valid_settings() -> None:
         assert estimate_memory(config).total < 0.9 * 12 * GIB, "the smallest GPU that trains without --offload"
 
 
-@pytest.mark.parametrize("method", ["sam", "lora-sam"])
+@pytest.mark.parametrize("method", ["sam", pytest.param("lora-sam", marks=pytest.mark.long)])
 @pytest.mark.parametrize(("precision", "rho", "is_right"), [("no", 1e-3, True), ("bf16", 1e-5, False)])
 def test_an_ascent_lost_to_half_precision_is_logged_in_each_run(
     config: TrainConfig, caplog: Any, method: str, precision: str, rho: float, is_right: bool
