@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import math
 import time
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -268,7 +269,9 @@ def _update(state: TrainState, step: int, is_finite: bool) -> None:
         raise RunError(non_finite_text(state, step, "gradient", list(range(state.batches.slots))))
     if state.trains_tokens(step) and not was_skipped:
         rescale_embeddings(state.base.pipeline)
-    state.lr_schedule.step()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step")  # PyTorch's, if the first is skipped
+        state.lr_schedule.step()
     state.optimizer.zero_grad(set_to_none=True)
     if state.ema is not None and not was_skipped:
         state.ema.step(state.trainable.values())

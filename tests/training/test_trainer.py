@@ -27,7 +27,7 @@ from flatlora_diffusion.lora_files.diffusers_file import LORA_FILE
 from flatlora_diffusion.method.flat_lora import FlatLora
 from flatlora_diffusion.method.rivals import sam
 from flatlora_diffusion.storage.run_dir import RunDir
-from flatlora_diffusion.training import micro_batches, state as state_module, trainer
+from flatlora_diffusion.training import micro_batches, trainer
 from flatlora_diffusion.training.checkpoint import load_state, save_state
 from flatlora_diffusion.training.state import TrainState, prepare, seeded_dropout
 from flatlora_diffusion.training.trainer import train, train_step
@@ -348,29 +348,6 @@ def test_a_skipped_fp16_step_changes_no_weight_and_no_ema(config: TrainConfig, m
     after = [*state.trainable.values(), *state.ema.shadow_params]
     assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
     assert state.ema.optimization_step == taken == 2
-
-
-def test_events_have_the_fp16_loss_scale_and_skipped_steps(
-    config: TrainConfig, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    plain, make = micro_batches.diffusion_loss, state_module._accelerator
-
-    def with_scaler(config: TrainConfig) -> Any:
-        accelerator = make(config)
-        accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
-        return accelerator
-
-    def overflowing(*given: Any) -> Tensor:
-        loss = plain(*given)
-        loss.register_hook(lambda slope: slope * float("inf") if float(slope) > 2 else slope)
-        return loss
-
-    monkeypatch.setattr(state_module, "_accelerator", with_scaler)
-    monkeypatch.setattr(micro_batches, "diffusion_loss", overflowing)
-    train(config.replace(optimizer="adafactor", report_to="none"))  # AdamW's fused kernel leaves steps out itself
-    events = [event for event in RunDir(Path(config.run.output_dir)).events() if event["event"] == "step"]
-    assert [event["loss_scale"] for event in events] == [4, 2, 2, 2]
-    assert [event["is_skipped"] for event in events] == [True, False, False, False]
 
 
 def test_a_sam_step_without_ascent_is_logged_once(
