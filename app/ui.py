@@ -19,7 +19,10 @@ from .widgets.browser_memory import remember_tab
 from .widgets.messages import Page
 
 _HOUR = 3600  # seconds; Gradio's copies of uploads are looked through each hour, and go after a day
-_TITLE = "# flatlora-diffusion\nTeach SDXL your style with LoRA and Flat-LoRA, and see which one you like better."
+_TITLE = (
+    "# flatlora-diffusion\nTeach SDXL or FLUX.2 klein your style with LoRA and Flat-LoRA, and see which one you like "
+    "better."
+)
 _READ_ONLY_TITLE = (
     "# flatlora-diffusion\nDraw with LoRAs of one style side by side, and vote without knowing which is which. "
     "Nothing is trained on this page."

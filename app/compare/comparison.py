@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
-from flatlora_diffusion.config import SAMPLES, TINY, ConfigError
+from flatlora_diffusion.config import INCLUDED_BASES, SAMPLES, ConfigError
 from flatlora_diffusion.storage.run_dir import RunDir
 
 from ..context import AppContext
@@ -204,13 +204,13 @@ def default_seeds(prompts: str) -> str:
 
 
 def default_prompts(context: AppContext, arms: Sequence[ComparedRun]) -> str:
-    """Initial prompts: the held-out prompts of the tiny base, or the preview prompts of the runs.
+    """Initial prompts: the held-out prompts of an included base, or the preview prompts of the runs.
 
     The held-out prompts get the trigger word of the first run's captions.
     """
     if not arms:
         return ""
-    if TINY in arms[0].base[1:2] and _HELD_OUT.is_file():
+    if INCLUDED_BASES.keys() & set(arms[0].base[1:2]) and _HELD_OUT.is_file():
         held_out = _HELD_OUT.read_text(encoding="utf-8").splitlines()[:MIN_PAIRS]
         folder = context.runs.settings(arms[0].id).get("instance_data_dir")
         return with_trigger("\n".join(held_out), TRIGGER, trigger_of_captions(Path(folder)) if folder else TRIGGER)

@@ -61,8 +61,9 @@ def show(context: AppContext, thumbnails: Thumbnails, session: str, trigger: str
         return "", note(_EMPTY), gr.Column(visible=False), back
     try:
         background, has_buckets, base, resolution = values
-        context.allowed_paths.check_model("pretrained_model_name_or_path", base.strip())
-        model = ModelConfig(pretrained_model_name_or_path=base.strip())
+        base = (base or "").strip()  # None if the list was cleared
+        context.allowed_paths.check_model("pretrained_model_name_or_path", base)
+        model = ModelConfig(pretrained_model_name_or_path=base)
         framed = framing(model, _resolution(resolution), background, has_buckets)
         view = load_view(context.uploads, thumbnails, session, framed)
     except ConfigError as error:  # while a colour is being typed, so in place of the count and not as an alarm

@@ -11,6 +11,11 @@ from typing import Any
 import gradio as gr
 
 from flatlora_diffusion.config import (
+    INCLUDED_BASES,
+    KLEIN,
+    SDXL,
+    TINY,
+    TINY_KLEIN,
     ConfigError,
     TrainConfig,
     choices_of,
@@ -19,6 +24,7 @@ from flatlora_diffusion.config import (
     preset_file,
     setting_hints,
 )
+from flatlora_diffusion.storage.model_paths import available_bases
 
 from ..uploads.captions import TRIGGER
 from .labels import DECIDED_BY_THE_APP, HINTS, LABELS, with_labels
@@ -29,6 +35,14 @@ PRESETS = {
     "Low memory": "low_memory",
     "Quality": "quality",
     "Illustrious": "illustrious",
+    "FLUX.2 klein": "klein",
+}
+_BASE = "pretrained_model_name_or_path"
+_BASES = {
+    TINY: "tiny: the demo base, an SDXL",
+    TINY_KLEIN: "tiny_klein: a small FLUX.2 klein",
+    SDXL: SDXL,
+    KLEIN: KLEIN,
 }
 # How the images look to the trainer: these stand beside the images.
 PLACED_WITH_THE_IMAGES = ("background_color", "use_aspect_ratio_buckets")
@@ -80,11 +94,17 @@ class ConfigForm:
 
 def preset_settings(preset: str, current: Mapping[str, Any]) -> dict[str, Any]:
     """All settings of a preset, its method too; it keeps the base, size and images of `current` but for its own."""
-    kept = ("pretrained_model_name_or_path", "resolution", "validation_prompt", "background_color", "seed")
+    kept = (_BASE, "resolution", "validation_prompt", "background_color", "seed")
     values = json.loads(preset_file(PRESETS[preset]).read_text(encoding="utf-8"))
     mine = {name: value for name, value in values.items() if name not in ("instance_data_dir", "output_dir")}
     carried = {name: current[name] for name in kept if name in current}
     return TrainConfig().to_dict() | _START | carried | mine | _OF_PRESET.get(preset, {})
+
+
+def base_choices() -> list[tuple[str, str]]:
+    """(label, value) of the bases to choose from, without an included base that has no weights here."""
+    missing = INCLUDED_BASES.keys() - set(available_bases())
+    return [(label, value) for value, label in _BASES.items() if value not in missing]
 
 
 def _sections() -> list[tuple[str, type]]:
@@ -105,6 +125,8 @@ def _component(item: dataclasses.Field[Any], hint: Any, value: Any) -> gr.compon
     }
     kind, is_optional = _kind(hint)
     shown = _shown(value, hint)
+    if item.name == _BASE:
+        return gr.Dropdown(base_choices(), value=shown, allow_custom_value=True, **place)
     if choices_of(hint):
         choices = [("default", "")] if is_optional else []
         return gr.Dropdown([*choices, *((choice, choice) for choice in choices_of(hint))], value=shown, **place)

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from flatlora_diffusion.config import SAMPLES, TINY, ConfigError, TrainConfig, settings_with
+from flatlora_diffusion.config import INCLUDED_BASES, SAMPLES, ConfigError, TrainConfig, settings_with
 from flatlora_diffusion.data.dataset_file import read_dataset_file
 
 from .names import is_run
@@ -58,7 +58,7 @@ class AllowedPaths:
 
     def check_model(self, name: str, value: str) -> None:
         """Raises ConfigError when the setting `name` is neither a place that may be read nor a hub id."""
-        if value != TINY and not self.may_read(value) and not _is_hub_id(value):
+        if value not in INCLUDED_BASES and not self.may_read(value) and not _is_hub_id(value):
             raise _outside(name, value, ", or give a hub id, OWNER/NAME")
 
     def may_read(self, text: str) -> bool:

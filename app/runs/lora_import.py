@@ -14,9 +14,10 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from flatlora_diffusion.config import TINY, ConfigError, ImportConfig, ModelConfig
+from flatlora_diffusion.config import ConfigError, ImportConfig, ModelConfig
 from flatlora_diffusion.families.registry import family_of
 from flatlora_diffusion.storage.atomic_io import write_json
+from flatlora_diffusion.storage.model_paths import available_bases
 from flatlora_diffusion.storage.run_dir import LORA_FILE, RunDir
 from flatlora_diffusion.storage.saved_config import portable
 
@@ -51,10 +52,10 @@ class Imported:
 
 
 def known_bases(runs: RunStore) -> list[str]:
-    """The bases of existing runs, newest first, then the tiny base."""
+    """The bases of existing runs, newest first, then the included bases."""
     saved = [read_json(RunDir(run.folder).config_file).get("pretrained_model_name_or_path") for run in runs.all()]
     given = [runs.settings(run.id).get("pretrained_model_name_or_path") for run in runs.all()]
-    return list(dict.fromkeys(base for base in [*given, *saved, TINY] if base))
+    return list(dict.fromkeys(base for base in [*given, *saved, *available_bases()] if base))
 
 
 def import_lora_file(runs: RunStore, file: Path, base: str) -> Imported:

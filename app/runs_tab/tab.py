@@ -302,11 +302,11 @@ def _build_details(is_changeable: bool) -> _DetailParts:
 def _build_import(context: AppContext) -> tuple[gr.Button, list[gr.components.Component], gr.HTML]:
     """The import button, the file and its base, and the status line."""
     with gr.Accordion("Import a LoRA, to compare it with yours", open=False):
-        file = gr.File(label="LoRA of SDXL, .safetensors", file_types=[".safetensors"], height=120)
+        file = gr.File(label="LoRA, .safetensors", file_types=[".safetensors"], height=120)
         base = gr.Dropdown(
             known_bases(context.runs),
             label="For the base",
-            info="A folder, a hub id, or tiny, the demo base.",
+            info="A folder, a hub id, tiny or tiny_klein.",
             allow_custom_value=True,
         )
         import_button = gr.Button("Import", min_width=90)

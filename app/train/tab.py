@@ -13,7 +13,7 @@ import gradio as gr
 
 from flatlora_diffusion.config import METHODS, ConfigError, TrainConfig
 from flatlora_diffusion.data.dataset import load_samples
-from flatlora_diffusion.families.base_title import TINY_TITLE, is_tiny
+from flatlora_diffusion.families.base_title import included_title
 from flatlora_diffusion.families.registry import base_title
 
 from ..context import AppContext
@@ -47,7 +47,7 @@ _MORE_METHODS = read_static("more_methods.js")
 _PRESET_HINT = (
     "Quick look: minutes on the tiny demo base. Paper: the settings of the Flat-LoRA paper. "
     "Low memory: small GPUs. Quality: longer, a larger LoRA, the average of two. "
-    "Illustrious: its family, with captions of tags."
+    "Illustrious: its family, with captions of tags. FLUX.2 klein: klein-base-4B on a GPU."
 )
 _COUNTING = '<div class="fl-card fl-faint">Estimating the training …</div>'
 _NO_LOSS = '<div class="fl-card fl-faint">No loss yet: the curve starts with the first training steps.</div>'
@@ -299,7 +299,7 @@ def _other_images(config: TrainConfig) -> str:
 
 def _memory_line(needed: float) -> str:
     if not has_gpu():
-        return f"no GPU here: it trains on the processor, which is fast enough for {TINY_TITLE} only"
+        return "no GPU here: it trains on the processor, which is fast enough for the small included bases only"
     return f"memory: about {needed / 2**20:,.0f} MiB of the GPU's"
 
 
@@ -311,8 +311,8 @@ def _facts(context: AppContext, config: TrainConfig, captions: dict[str, str], a
         f"{count} images, captions {sum(map(bool, captions.values()))}/{count}" if count else _other_images(config)
     )
     base = f"base: {html.escape(base_title(config.model))}"
-    if is_tiny(config.model):
-        base += f"; for work of your own give an SDXL model as {LABELS['pretrained_model_name_or_path']}"
+    if included_title(config.model):
+        base += f"; for work of your own choose another {LABELS['pretrained_model_name_or_path']}"
     lines = [base, f"{images}, at {size} x {size} pixels"]
     for_each = " for each of LoRA and Flat-LoRA" if arms == 2 else ""
     lines.append(f"{steps or 'as many as the images need'} steps{for_each}")

@@ -7,7 +7,7 @@ import re
 from collections.abc import Sequence
 
 from flatlora_diffusion.config import METHODS, ModelConfig
-from flatlora_diffusion.families.base_title import TINY_TITLE, is_tiny
+from flatlora_diffusion.families.base_title import included_title
 from flatlora_diffusion.gallery.png_text import bare_name
 
 from ..forms.labels import with_labels
@@ -116,4 +116,4 @@ def base_name(name_or_path: str) -> str:
     """`the tiny demo base`, a hub id, or the last part of a path; empty for no base."""
     if not name_or_path:
         return ""
-    return TINY_TITLE if is_tiny(ModelConfig(name_or_path)) else bare_name(name_or_path)
+    return included_title(ModelConfig(name_or_path)) or bare_name(name_or_path)

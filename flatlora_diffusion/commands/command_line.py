@@ -41,9 +41,12 @@ from flatlora_diffusion.compare.evidence_check import read_evidence, report_row
 from flatlora_diffusion.compare.evidence_defaults import BASE_FLAGS, DEFAULTS, PART_FLAGS, PARTS, Part
 from flatlora_diffusion.config import (
     QUIET_VARIABLE,
+    TINY,
+    TINY_KLEIN,
     CaptionConfig,
     CompareConfig,
     ConfigError,
+    DemoConfig,
     EvidenceConfig,
     FlatnessConfig,
     GenerateConfig,
@@ -60,8 +63,15 @@ from flatlora_diffusion.storage.model_paths import check_base, check_lora, check
 from flatlora_diffusion.storage.saved_config import check_paths, expand_paths
 from flatlora_diffusion.storage.versions import PROGRAM, __version__
 
-DEMO_GUIDANCE = "2.5"  # at the default of 5 the tiny base shows more of its own style
 DEMO_ARMS = ("lora", "flat-lora", "lora:members=3")
+DEMO_FLAGS = ("--preset", "demo", "--no_controls", "--arms", *DEMO_ARMS)
+DEMO_FLAGS_OF_BASE = {
+    TINY: ("--guidance_scale", "2.5"),  # at the default of 5 the tiny base shows more of its own style
+    TINY_KLEIN: (
+        *("--pretrained_model_name_or_path", TINY_KLEIN, "--lora_target_modules", "attn"),
+        *("--guidance_scale", "4", "--output_dir", "outputs/demo_klein"),
+    ),
+}
 
 # Log levels of libraries whose messages are irrelevant to users, such as which kernels this machine lacks.
 _QUIET = {
@@ -175,8 +185,9 @@ def _caption(arguments: list[str]) -> None:
 
 
 def _demo(arguments: list[str]) -> None:
-    defaults = ["--preset", "demo", "--guidance_scale", DEMO_GUIDANCE, "--no_controls", "--arms", *DEMO_ARMS]
-    _run_comparison(*_comparison(arguments, DEMO, defaults, CompareConfig()), has_remedy=False)
+    base = parse_comparison(DEMO, DEMO_FLAGS, arguments, DemoConfig())[1].base
+    defaults = [*DEMO_FLAGS, *DEMO_FLAGS_OF_BASE[base]]
+    _run_comparison(*_comparison(arguments, DEMO, defaults, DemoConfig()), has_remedy=False)
 
 
 def _has_flag(name: str, arguments: list[str]) -> bool:

@@ -16,16 +16,16 @@ from typing import TYPE_CHECKING, Literal
 from flatlora_diffusion.commands.help_page import HelpPage
 from flatlora_diffusion.commands.verb_settings import verb_settings
 from flatlora_diffusion.config import (
+    INCLUDED_BASES,
     METHODS,
     SAMPLES,
-    TINY,
     DoctorConfig,
     ModelConfig,
     RunError,
     TrainConfig,
     shipped,
 )
-from flatlora_diffusion.families.base_title import TINY_TITLE
+from flatlora_diffusion.families.base_title import included_title
 from flatlora_diffusion.families.paths import base_path
 from flatlora_diffusion.families.registry import family_of
 from flatlora_diffusion.storage.formatting import first_line
@@ -177,8 +177,8 @@ def working_folder(folder: Path) -> Finding:
 def base(model: ModelConfig) -> Finding:
     """Check the base: a file, a folder, or a downloaded hub id."""
     name = model.pretrained_model_name_or_path
-    if name == TINY:
-        return weights("base", base_path(TINY), family_of(model).parts, named=TINY_TITLE)
+    if name in INCLUDED_BASES:
+        return weights("base", base_path(name), family_of(model).parts, named=included_title(model))
     if name.lower().endswith(".safetensors"):
         if Path(name).is_file():
             return Finding("ok", "base", f"{name} exists")

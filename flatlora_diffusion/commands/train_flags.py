@@ -44,7 +44,8 @@ _COMMON_FLAGS = (
 )
 TRAIN = HelpPage(
     "train",
-    "Train a LoRA or Flat-LoRA of an SDXL base on a folder of images. --preset and --config give defaults; flags win.",
+    "Train a LoRA or Flat-LoRA of SDXL or FLUX.2 klein on a folder of images. --preset and --config give defaults; "
+    "flags win.",
     usage="--instance_data_dir DIR",
     common=(
         *_COMMON_FLAGS[:6],
@@ -62,9 +63,19 @@ COMPARE = HelpPage(
 )
 DEMO = HelpPage(
     "demo",
-    "Compare LoRA, Flat-LoRA and an average of LoRAs on the sample icons and the included tiny base: no GPU, no "
-    "download. It is `compare` with other defaults, and takes all of its flags.",
-    common=("output_dir", "arms", "max_train_steps", "num_seeds", "seed", "num_prompts", "guidance_scale", "workers"),
+    "Compare LoRA, Flat-LoRA and an average of LoRAs on the sample icons and an included base: no GPU, no download. "
+    "It is `compare` with other defaults, and takes all of its flags.",
+    common=(
+        "base",
+        "output_dir",
+        "arms",
+        "max_train_steps",
+        "num_seeds",
+        "seed",
+        "num_prompts",
+        "guidance_scale",
+        "workers",
+    ),
 )
 EVIDENCE = HelpPage(
     "evidence",

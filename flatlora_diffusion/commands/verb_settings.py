@@ -29,7 +29,7 @@ def verb_settings(default: Settings, page: HelpPage, arguments: Sequence[str]) -
 
 
 def log_base(model: ModelConfig, has_remedy: bool = True) -> None:
-    """Log the base's title; if `has_remedy`, with how to replace the tiny base."""
+    """Log the base's title; if `has_remedy`, with how to replace an included base."""
     from flatlora_diffusion.families.registry import base_line, base_title
 
     logger.info("%s", base_line(model) if has_remedy else f"base: {base_title(model)}")

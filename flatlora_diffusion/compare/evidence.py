@@ -23,7 +23,14 @@ from flatlora_diffusion.compare.experiment import plan_experiment
 from flatlora_diffusion.compare.forecast import Forecast, PlannedPart, measured_speeds
 from flatlora_diffusion.compare.inputs import free_gpu_memory
 from flatlora_diffusion.compare.timing import duration_text
-from flatlora_diffusion.config import TINY, CompareConfig, EvidenceConfig, TrainConfig, choices_of, setting_hints
+from flatlora_diffusion.config import (
+    INCLUDED_BASES,
+    CompareConfig,
+    EvidenceConfig,
+    TrainConfig,
+    choices_of,
+    setting_hints,
+)
 from flatlora_diffusion.families.device import has_bf16
 from flatlora_diffusion.storage.atomic_io import write_json
 from flatlora_diffusion.storage.run_dir import RunDir
@@ -180,7 +187,7 @@ def _public_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _public_name(name: str) -> str:
-    return name if name in (TINY, "judge", *DOWNLOADS) else "another one"
+    return name if name in (*INCLUDED_BASES, "judge", *DOWNLOADS) else "another one"
 
 
 def _is_downloaded(name: str) -> bool:

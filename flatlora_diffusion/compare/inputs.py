@@ -25,7 +25,7 @@ from flatlora_diffusion.compare.evaluator import (
 )
 from flatlora_diffusion.compare.losses import UNGROUPED, ImageSet, LossEvaluator, groups_of
 from flatlora_diffusion.compare.pictures import PictureGenerator
-from flatlora_diffusion.config import SAMPLES, TINY, CompareConfig, ConfigError, TrainConfig
+from flatlora_diffusion.config import INCLUDED_BASES, SAMPLES, CompareConfig, ConfigError, TrainConfig
 from flatlora_diffusion.data.dataset import Sample, load_samples
 from flatlora_diffusion.data.images import HELDOUT_FOLDER, load_image
 from flatlora_diffusion.data.prompts import read_prompts
@@ -157,7 +157,7 @@ def _uses_sample_icons(config: TrainConfig) -> bool:
 def _prompts(config: TrainConfig, options: CompareConfig, heldout: Path, samples: Sequence[Sample]) -> PromptSets:
     file = Path(options.prompts_file) if options.prompts_file else heldout / "prompts.txt"
     style = _read_lines(file) if options.prompts_file or file.is_file() else [sample.caption for sample in samples]
-    is_tiny = config.model.pretrained_model_name_or_path == TINY
+    is_tiny = config.model.pretrained_model_name_or_path in INCLUDED_BASES
     default = SAMPLES / "prompts" / ("unrelated_tiny.txt" if is_tiny else "unrelated_sdxl.txt")
     unrelated = _read_lines(Path(options.unrelated_prompts_file) if options.unrelated_prompts_file else default)
     return PromptSets(

@@ -15,6 +15,7 @@ from flatlora_diffusion.config.commands import (
     AverageConfig as AverageConfig,
     CaptionConfig as CaptionConfig,
     CompareConfig as CompareConfig,
+    DemoConfig as DemoConfig,
     DoctorConfig as DoctorConfig,
     EvidenceConfig as EvidenceConfig,
     ExportConfig as ExportConfig,
@@ -43,10 +44,12 @@ from flatlora_diffusion.config.methods import (
 )
 from flatlora_diffusion.config.model import (
     DENOISERS as DENOISERS,
+    INCLUDED_BASES as INCLUDED_BASES,
     KLEIN as KLEIN,
     SDXL as SDXL,
     TEXT_PARTS as TEXT_PARTS,
     TINY as TINY,
+    TINY_KLEIN as TINY_KLEIN,
     ModelConfig as ModelConfig,
     PredictionType as PredictionType,
     Quantization as Quantization,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from flatlora_diffusion.config.model import ModelConfig
+from flatlora_diffusion.config.model import TINY, ModelConfig
 from flatlora_diffusion.config.optim import MixedPrecision
 from flatlora_diffusion.config.run import SaveDtype
 from flatlora_diffusion.config.setting import ConfigError, Section, setting
@@ -15,8 +15,8 @@ LoraLayout = Literal["kohya", "diffusers", "both"]
 QUIET_VARIABLE = "FLATLORA_QUIET"  # environment variable: log warnings only
 
 _LORA_FILE = "LoRA file in any format, or a run folder"
-_LORA_BASE = "base model of the LoRA: diffusers folder or `tiny`; default: SDXL, detected by shapes"
-_WHOLE_BASE = "SDXL base model: diffusers folder, hub id, single .safetensors checkpoint, or `tiny`"
+_LORA_BASE = "base model of the LoRA: diffusers folder, `tiny` or `tiny_klein`; default: detected by names and shapes"
+_WHOLE_BASE = "base model: diffusers folder, hub id, single .safetensors checkpoint (SDXL), `tiny` or `tiny_klein`"
 _GUIDANCE = "classifier-free guidance scale (CFG); 1 or less: no guidance"
 _NEW_DTYPE = "precision of the new file; default: that of the old file"
 _OVERWRITE = "overwrite an earlier output of this command; input files are never overwritten"
@@ -266,6 +266,13 @@ class CompareConfig(WorkersConfig):
         for name in ("arms", "encoders"):
             if not getattr(self, name):
                 raise ConfigError(f"{name} is empty; give at least one value")
+
+
+@dataclass(frozen=True)
+class DemoConfig(CompareConfig):
+    """The settings of `demo` in addition to those of `compare`."""
+
+    base: Literal["tiny", "tiny_klein"] = setting(TINY, "included base: tiny, an SDXL, or tiny_klein, a FLUX.2 klein")
 
 
 @dataclass(frozen=True)

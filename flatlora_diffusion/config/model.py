@@ -5,12 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from flatlora_diffusion.config.setting import Section, setting
+from flatlora_diffusion.config.setting import SAMPLES, Section, setting
 
 PredictionType = Literal["epsilon", "v_prediction"]
 SDXL = "stabilityai/stable-diffusion-xl-base-1.0"
 KLEIN = "black-forest-labs/FLUX.2-klein-base-4B"
-TINY = "tiny"  # name of the included small base
+TINY, TINY_KLEIN = "tiny", "tiny_klein"
+INCLUDED_BASES = {TINY: SAMPLES / "tiny_sdxl", TINY_KLEIN: SAMPLES / "tiny_klein"}  # small bases by name
 DENOISERS = ("unet", "transformer")  # parts of pipelines that get a LoRA; a pipeline has one of them
 TEXT_PARTS = ("text_encoder", "text_encoder_2")  # of a pipeline, in the order of their concatenated outputs
 Quantization = Literal["nf4", "int8", "torchao-int8"]
@@ -23,7 +24,7 @@ class ModelConfig(Section):
     pretrained_model_name_or_path: str = setting(
         TINY,
         "base model, SDXL or FLUX.2 klein: diffusers folder, hub id, single .safetensors checkpoint (SDXL), or `tiny` "
-        "for the included small base",
+        "or `tiny_klein` for the included small bases",
         path_kind="model",
         read_at_runtime=True,
         identifies_base=True,
@@ -57,7 +58,7 @@ class ModelConfig(Section):
     clip_skip: int | None = setting(None, "text encoder layers to skip in addition to SDXL's default", min=0, max=11)
     quantize_base: Quantization | None = setting(
         None,
-        "quantize the frozen UNet to 4 or 8 bits (nf4, int8: bitsandbytes; torchao-int8: torchao)",
+        "quantize the frozen UNet or transformer to 4 or 8 bits (nf4, int8: bitsandbytes; torchao-int8: torchao)",
         loader_only=True,
     )
     offload: bool = setting(

@@ -9,14 +9,14 @@ from pathlib import Path
 from huggingface_hub import try_to_load_from_cache
 from huggingface_hub.errors import HFValidationError
 
-from flatlora_diffusion.config import SAMPLES, TINY, ConfigError, ModelConfig
+from flatlora_diffusion.config import INCLUDED_BASES, ConfigError, ModelConfig
 
 SETTING = "pretrained_model_name_or_path"
 
 
 def base_path(name_or_path: str) -> str:
-    """Return the folder, file or hub id of a base; `tiny` is the base that ships with this program."""
-    return str(SAMPLES / "tiny_sdxl") if name_or_path == TINY else name_or_path
+    """Return the folder, file or hub id of a base, also of an included base."""
+    return str(INCLUDED_BASES.get(name_or_path, name_or_path))
 
 
 def config_file(config: ModelConfig, part: str) -> Path | None:

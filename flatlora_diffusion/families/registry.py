@@ -6,8 +6,8 @@ import json
 from functools import lru_cache
 from typing import TYPE_CHECKING
 
-from flatlora_diffusion.config import ModelConfig, function_at
-from flatlora_diffusion.families.base_title import REMEDY, TINY_TITLE, is_tiny, title_with_size
+from flatlora_diffusion.config import TINY_KLEIN, ModelConfig, function_at
+from flatlora_diffusion.families.base_title import included_title, remedy, title_with_size
 from flatlora_diffusion.families.family import Family
 from flatlora_diffusion.families.paths import base_file
 
@@ -30,7 +30,8 @@ def family_of(config: ModelConfig) -> Family:
     A hub id that is not on disk is a klein if its name says so. Other bases and single files are SDXL.
     """
     file = base_file(config, "model_index.json")
-    unknown = _KLEIN if "flux.2-klein" in config.pretrained_model_name_or_path.lower() else _USUAL
+    name = config.pretrained_model_name_or_path
+    unknown = _KLEIN if name == TINY_KLEIN or "flux.2-klein" in name.lower() else _USUAL
     try:
         kind = unknown if file is None else str(json.loads(file.read_text(encoding="utf-8"))["_class_name"])
     except (OSError, ValueError, LookupError, TypeError):  # reported when the base is loaded
@@ -57,14 +58,14 @@ def random_base(config: ModelConfig, device: torch.device, dtype: torch.dtype) -
 
 def base_title(model: ModelConfig) -> str:
     """Return `the tiny demo base, 64 pixels`, or another base's name or path with its native image size if known."""
-    name = TINY_TITLE if is_tiny(model) else model.pretrained_model_name_or_path
+    name = included_title(model) or model.pretrained_model_name_or_path
     sizes = family_of(model).known_sizes(model)
     return name if sizes is None else title_with_size(name, sizes.native)
 
 
 def base_line(model: ModelConfig) -> str:
-    """Return `base: ` and the title; for the tiny base also the flag that selects another."""
-    return f"base: {base_title(model)}" + (f"; {REMEDY}" if is_tiny(model) else "")
+    """Return `base: ` and the title; for an included base also the flag that selects another."""
+    return "; ".join(filter(None, (f"base: {base_title(model)}", remedy(model))))
 
 
 @lru_cache

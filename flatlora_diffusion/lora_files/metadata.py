@@ -14,7 +14,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from flatlora_diffusion.config import TINY, AdapterConfig, TrainConfig
+from flatlora_diffusion.config import INCLUDED_BASES, AdapterConfig, TrainConfig
 from flatlora_diffusion.families.labels import Labels
 from flatlora_diffusion.lora_files.kohya import KOHYA_PREFIXES
 from flatlora_diffusion.storage.atomic_io import file_sha256
@@ -209,6 +209,6 @@ def portable_base_name(config: TrainConfig) -> str | None:
     """The base's hub id or file name; None for a folder, whose name is private."""
     name = config.model.pretrained_model_name_or_path
     path = Path(name)
-    if name == TINY or (is_hub_id(name) and not path.exists()):
+    if name in INCLUDED_BASES or (is_hub_id(name) and not path.exists()):
         return name
     return None if path.is_dir() else path.name

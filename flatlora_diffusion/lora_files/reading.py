@@ -17,7 +17,7 @@ from torch import Tensor
 
 from flatlora_diffusion.adapter.delta import LazyLayers, Update, Updates
 from flatlora_diffusion.adapter.layers import PARTS
-from flatlora_diffusion.config import KLEIN, SDXL, TINY, ConfigError
+from flatlora_diffusion.config import KLEIN, SDXL, TINY, TINY_KLEIN, ConfigError
 from flatlora_diffusion.lora_files.key_mapping import (
     DOWN_ENDS,
     OTHER_ADAPTERS,
@@ -39,7 +39,7 @@ from flatlora_diffusion.lora_files.names import (
 from flatlora_diffusion.lora_files.paths import lora_path
 from flatlora_diffusion.lora_files.safe_reading import CheckedFile, printable, read_header, shortlist
 from flatlora_diffusion.lora_files.scale import adapter_scale, adapter_settings
-from flatlora_diffusion.storage.model_paths import check_lora
+from flatlora_diffusion.storage.model_paths import available_bases, check_lora
 
 logger = logging.getLogger(__name__)
 
@@ -197,11 +197,12 @@ def _candidates(file: CheckedFile, base: str | None) -> list[BaseNames]:
     if base is not None:
         return [base_names(base)]
     if is_for_transformer(file):
-        klein = base_names(KLEIN)
-        # FLUX.1 has layers of the same names and shapes, and others.
-        whole = not any(key.endswith(DOWN_ENDS) for key in map_keys(with_split_layers(file, klein), klein).unknown)
-        if whole and shape_mismatches(file, klein) == []:
-            return [klein]
+        for name in (KLEIN, *(name for name in available_bases() if name == TINY_KLEIN)):
+            klein = base_names(name)
+            # FLUX.1 has layers of the same names and shapes, and others.
+            whole = not any(key.endswith(DOWN_ENDS) for key in map_keys(with_split_layers(file, klein), klein).unknown)
+            if whole and shape_mismatches(file, klein) == []:
+                return [klein]
     return [base_names(SDXL), base_names(TINY)]
 
 

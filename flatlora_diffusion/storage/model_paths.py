@@ -10,13 +10,18 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from flatlora_diffusion.config import DENOISERS, TEXT_PARTS, TINY, ConfigError, ModelConfig
+from flatlora_diffusion.config import DENOISERS, INCLUDED_BASES, TEXT_PARTS, TINY, ConfigError, ModelConfig
 from flatlora_diffusion.storage.run_dir import LORA_FILE
 
 SAFETENSORS = ".safetensors"
 PICKLES = (".ckpt", ".pt", ".pth", ".bin", ".pkl")
 _HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 _PARTS = (*DENOISERS, "vae", *TEXT_PARTS)
+
+
+def available_bases() -> list[str]:
+    """Return the names of the included bases whose weights are in this installation."""
+    return [name for name, folder in INCLUDED_BASES.items() if (folder / "model_index.json").is_file()]
 
 
 def is_single_file(value: str) -> bool:
@@ -34,11 +39,15 @@ def check_models(model: ModelConfig, init_lora: str | None = None) -> None:
 
 
 def check_base(setting: str, value: str) -> None:
-    """Raise ConfigError unless `value` is `tiny`, a diffusers folder, a hub id or a .safetensors file."""
+    """Raise ConfigError unless `value` is an included base, a diffusers folder, a hub id or a .safetensors file."""
     path, what = Path(value), f"{setting}={value!r}"
-    if value == TINY:
-        return
-    if is_single_file(value):
+    if value in INCLUDED_BASES:
+        if value not in available_bases():
+            raise ConfigError(
+                f"{what} has no weights in this installation; use a checkout of the repository, whose samples folder "
+                f"has them, or give {TINY} or another base"
+            )
+    elif is_single_file(value):
         check_weights_file(setting, value)
     elif path.is_dir():
         if not (path / "model_index.json").is_file():

@@ -13,7 +13,7 @@ from huggingface_hub import ModelCardData
 from huggingface_hub.constants import REPOCARD_NAME
 
 from flatlora_diffusion.adapter.new_tokens import FILE_KEYS, new_tokens, replace_placeholders
-from flatlora_diffusion.config import KLEIN, METHODS, TINY, TrainConfig
+from flatlora_diffusion.config import INCLUDED_BASES, KLEIN, METHODS, TrainConfig
 from flatlora_diffusion.families.labels import Labels
 from flatlora_diffusion.families.registry import family_of
 from flatlora_diffusion.lora_files.metadata import TrainingSummary, conversion_note, is_hub_id, portable_base_name
@@ -92,14 +92,14 @@ def _card_data(
 
 
 def _hub_id(config: TrainConfig) -> str | None:
-    """The base's hub id; None for the tiny base, a folder or a file."""
+    """The base's hub id; None for an included base, a folder or a file."""
     name = config.model.pretrained_model_name_or_path
     return name if is_hub_id(name) and not Path(name).exists() else None
 
 
 def _license(config: TrainConfig) -> str:
     """The licence of the base if it is known without a request to the hub."""
-    if config.model.pretrained_model_name_or_path == TINY:
+    if config.model.pretrained_model_name_or_path in INCLUDED_BASES:
         return "apache-2.0"
     hub_id = _hub_id(config) or ""
     if hub_id in KLEIN_4B:
@@ -151,7 +151,7 @@ def _trigger_section(trigger_words: str) -> str:
 def _loading(config: TrainConfig) -> str:
     """The call that loads the base; a local file or BASE_FOLDER is expected in the working folder."""
     name = portable_base_name(config) or "BASE_FOLDER"
-    name = "samples/tiny_sdxl" if name == TINY else name
+    name = f"samples/{INCLUDED_BASES[name].name}" if name in INCLUDED_BASES else name
     if name.endswith(".safetensors"):
         return f'from_single_file("{name}")'
     choices = {"revision": config.model.revision, "variant": config.model.variant}

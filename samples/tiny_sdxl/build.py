@@ -21,12 +21,13 @@ from diffusers import AutoencoderKL
 
 from flatlora_diffusion.evaluation.judge import load_judge
 from samples.tiny_sdxl.recipe.captions import train_tokenizers
+from samples.tiny_sdxl.recipe.drawing import draw_icons, load_tiny_sdxl
 from samples.tiny_sdxl.recipe.icons import Concept, choose_concepts, load_concepts, recognizable, render
 from samples.tiny_sdxl.recipe.judge import collect_renders, train_judge
 from samples.tiny_sdxl.recipe.loop import Schedule
 from samples.tiny_sdxl.recipe.quality import STYLED_GUIDANCE, draw, measure_quality, quality_table, write_report
 from samples.tiny_sdxl.recipe.second_judge import load_second_judge, train_second_judge
-from samples.tiny_sdxl.recipe.unet import cache_latents, save_base, train_unet
+from samples.tiny_sdxl.recipe.unet import cache_latents, list_pictures, save_base, train_unet
 from samples.tiny_sdxl.recipe.vae import train_vae
 
 STAGES = ("vae", "unet", "judge", "judge2", "quality")
@@ -79,7 +80,7 @@ def build_unet(concepts: list[Concept], work: Path, start: Path | None) -> None:
     if start is None:
         train_tokenizers(concepts, pipeline)
     vae = AutoencoderKL.from_pretrained(pipeline / "vae", dtype=torch.float32)
-    data = cache_latents(vae, recognizable(concepts), choose_concepts(concepts, CONCEPTS))
+    data = cache_latents(vae, list_pictures(recognizable(concepts), choose_concepts(concepts, CONCEPTS)))
     save_base(train_unet(data, pipeline, UNET_SCHEDULE, work / "unet.safetensors", start), pipeline)
 
 
@@ -97,9 +98,11 @@ def build_second_judge(concepts: list[Concept], work: Path) -> None:
 def report_quality(concepts: list[Concept], work: Path, guidance: float) -> None:
     renders = collect_renders(concepts, flat_images(concepts, work))
     base = work / "pipeline"
-    drawn = draw(base, recognizable(concepts), choose_concepts(concepts, CONCEPTS), guidance, work / "drawn")
+    artist = partial(draw_icons, base, kept=work / "drawn", load=load_tiny_sdxl)
+    drawn = draw(artist, recognizable(concepts), choose_concepts(concepts, CONCEPTS), styled_guidance=guidance)
     second = load_second_judge(work / "judge2") if (work / "judge2").exists() else None
-    report = measure_quality(concepts, drawn, renders, base, load_judge(work / "judge"), second, guidance)
+    vae = AutoencoderKL.from_pretrained(base, subfolder="vae", dtype=torch.float32).eval()
+    report = measure_quality(concepts, drawn, renders, base, vae, (load_judge(work / "judge"), second))
     write_report(report, drawn, work / "report")
     print(quality_table(report))
 

@@ -4,12 +4,23 @@ from __future__ import annotations
 
 import dataclasses
 import re
+from pathlib import Path
 
 import pytest
 
-from app.forms.forms import DECIDED_BY_THE_APP, PRESETS, ConfigForm, preset_settings
+from app.forms.forms import DECIDED_BY_THE_APP, PRESETS, ConfigForm, base_choices, preset_settings
 from app.forms.labels import HINTS, LABELS, with_labels
-from flatlora_diffusion.config import ConfigError, TrainConfig, help_of, setting_hints
+from flatlora_diffusion.config import (
+    INCLUDED_BASES,
+    KLEIN,
+    SDXL,
+    TINY,
+    TINY_KLEIN,
+    ConfigError,
+    TrainConfig,
+    help_of,
+    setting_hints,
+)
 
 
 @pytest.fixture(scope="module")
@@ -39,6 +50,20 @@ def test_every_setting_has_a_component_with_its_help_and_bounds(form: ConfigForm
             assert info.startswith(with_labels(HINTS.get(item.name, help_of(item, hints[item.name]))))
             for bound in (item.metadata["min"], item.metadata["max"]):
                 assert bound is None or str(bound) in info
+
+
+def test_the_base_is_chosen_from_a_list_or_typed(
+    form: ConfigForm, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    component = form.by_name["pretrained_model_name_or_path"]
+    assert component.allow_custom_value
+    monkeypatch.setitem(INCLUDED_BASES, TINY_KLEIN, tmp_path)
+    assert [value for _, value in base_choices()] == [TINY, SDXL, KLEIN], "the tiny klein has no weights here"
+    (tmp_path / "model_index.json").touch()
+    assert [value for _, value in base_choices()] == [TINY, TINY_KLEIN, SDXL, KLEIN]
+    for base in ("tiny_klein", "/somewhere/my base"):
+        read = form.read(form.write({"pretrained_model_name_or_path": base}), "lora")
+        assert read.model.pretrained_model_name_or_path == base
 
 
 def test_a_quick_look_can_be_resumed_and_compared_on_its_way() -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import pickle
 import shutil
 from pathlib import Path
@@ -152,7 +151,7 @@ def test_other_endings_and_missing_files_are_told_beside_the_upload(context: App
     told = take_lora(context, str(other), "tiny")[0]
     assert "lora.ckpt is no .safetensors file; other formats can hold code" in told
     assert "no file was given" in take_lora(context, None, "tiny")[0]
-    assert json.dumps(known_bases(context.runs)[-1]) == '"tiny"'
+    assert "tiny" in known_bases(context.runs)
 
 
 def test_a_deleted_entry_comes_back_as_a_choice_of_the_page(context: AppContext, upload: Path, base: Path) -> None:

@@ -15,10 +15,20 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
+from tiny_random_klein import save_tiny_random_klein
 
 from flatlora_diffusion.commands.command_line import DEMO_ARMS, main, train_main
 from flatlora_diffusion.compare import comparison
-from flatlora_diffusion.config import CompareConfig, GenerateConfig, RunError, TrainConfig
+from flatlora_diffusion.config import (
+    INCLUDED_BASES,
+    TINY,
+    TINY_KLEIN,
+    CompareConfig,
+    GenerateConfig,
+    RunError,
+    TrainConfig,
+)
+from flatlora_diffusion.families.registry import family_of
 from flatlora_diffusion.flatness import report as flatness_report
 from flatlora_diffusion.storage.run_dir import RunDir
 
@@ -191,6 +201,30 @@ def test_the_demo_is_compare_with_the_demo_preset(monkeypatch: pytest.MonkeyPatc
     assert (config.optim.max_train_steps, config.run.output_dir) == (7, "outputs/demo")
     assert (own.guidance_scale, given.guidance_scale) == (2.5, 4)
     assert (own.arms, given.arms, usual.arms) == (DEMO_ARMS, ("lora",), DEMO_ARMS)
+
+
+def test_the_demo_on_the_tiny_klein_has_settings_of_its_own(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked: list[tuple[TrainConfig, CompareConfig]] = []
+
+    def compare(config: TrainConfig, own: CompareConfig) -> Path:
+        asked.append((config, own))
+        raise RunError("enough")
+
+    monkeypatch.setattr(comparison, "compare", compare)
+    monkeypatch.setitem(INCLUDED_BASES, TINY_KLEIN, tmp_path / "klein")
+    assert main(["demo", "--base", "tiny_klein"]) == 2
+    assert "pretrained_model_name_or_path='tiny_klein'" in capsys.readouterr().err, "it has no weights"
+    save_tiny_random_klein(tmp_path / "klein")
+    assert main(["demo", "--base", "tiny_klein", "--max_train_steps=7"]) == 1
+    assert main(["demo", "--base=tiny"]) == 1
+    (klein, own), (sdxl, usual) = asked
+    assert (klein.model.pretrained_model_name_or_path, klein.optim.max_train_steps) == (TINY_KLEIN, 7)
+    assert (klein.adapter.lora_target_modules, klein.run.output_dir) == ("attn", "outputs/demo_klein")
+    assert (own.guidance_scale, usual.guidance_scale) == (4, 2.5)
+    assert sdxl.model.pretrained_model_name_or_path == TINY
+    family_of(klein.model).check_settings(klein)
 
 
 TINY_IN_WORDS = "the tiny demo base, 64 pixels"

@@ -19,7 +19,7 @@ from packaging.requirements import Requirement
 
 from flatlora_diffusion.commands import doctor
 from flatlora_diffusion.commands.command_line import main
-from flatlora_diffusion.config import SAMPLES, ModelConfig
+from flatlora_diffusion.config import INCLUDED_BASES, SAMPLES, ModelConfig
 from flatlora_diffusion.storage import versions
 
 
@@ -203,7 +203,7 @@ def test_a_missing_base_is_a_problem(monkeypatch: pytest.MonkeyPatch, tmp_path: 
     assert "gone is neither a folder nor a hub id: give the right path" in of_base(tmp_path / "x" / "gone")[1]
     (tmp_path / "sdxl.safetensors").touch()
     assert of_base(tmp_path / "sdxl.safetensors")[0] == "ok"
-    monkeypatch.setattr("flatlora_diffusion.families.paths.SAMPLES", tmp_path)
+    monkeypatch.setitem(INCLUDED_BASES, "tiny", tmp_path)
     assert of_base("tiny")[0] == "problem"
 
 

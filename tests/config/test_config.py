@@ -23,6 +23,7 @@ from flatlora_diffusion.config import (
     settings_with,
     with_legacy_defaults,
 )
+from flatlora_diffusion.families.registry import family_of
 from flatlora_diffusion.storage.run_dir import RunDir
 
 OTHER: dict[str, Any] = {
@@ -231,6 +232,12 @@ def test_a_run_has_one_preview_prompt_or_several(tmp_path: Path, flags: list[str
     assert parse_config(["--config", str(file), "--validation_prompt", "a key"]).run.preview_prompts == ["a key"]
 
 
+def test_the_klein_preset_trains_klein_base_with_settings_that_it_supports() -> None:
+    config = parse_config(["--preset", "klein"])
+    assert config.model.pretrained_model_name_or_path == "black-forest-labs/FLUX.2-klein-base-4B"
+    family_of(config.model).check_settings(config)
+
+
 def test_the_epochs_flag_overrides_steps_of_a_preset_but_not_the_steps_flag() -> None:
     flags = ["--preset", "paper", "--num-train-epochs=3"]
     assert parse_config(flags).optim.max_train_steps is None
@@ -304,7 +311,7 @@ def test_an_invalid_method_in_a_file_is_named_with_the_file(tmp_path: Path, meth
 
 
 def test_the_error_for_an_unknown_preset_lists_the_presets() -> None:
-    known = "bilora_icons, demo, illustrious, low_memory, paper, quality"
+    known = "bilora_icons, demo, illustrious, klein, low_memory, paper, quality"
     for name in ("nope", "/etc/x", "../presets/paper", "accelerate", "", "Paper"):
         with pytest.raises(ConfigError, match=f"--preset {name} .*: {known}$"):
             parse_config(["--preset", name])

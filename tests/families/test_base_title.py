@@ -8,10 +8,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from tiny_random_klein import save_tiny_random_klein
 
-from flatlora_diffusion.config import SDXL, TINY, ModelConfig
+from flatlora_diffusion.config import INCLUDED_BASES, SDXL, TINY, TINY_KLEIN, ModelConfig
 from flatlora_diffusion.families.paths import base_path
-from flatlora_diffusion.families.registry import base_line, base_title
+from flatlora_diffusion.families.registry import base_line, base_title, family_of
 from flatlora_diffusion.families.sdxl.loading import load_pipeline
 
 
@@ -24,6 +25,15 @@ def test_the_tiny_base_is_never_called_sdxl_and_the_flag_that_gives_another_is_n
     assert base_title(called(name)) == "the tiny demo base, 64 pixels"
     assert base_line(called(name)).startswith("base: the tiny demo base, 64 pixels; ")
     assert "--pretrained_model_name_or_path" in base_line(called(name))
+
+
+def test_the_tiny_klein_is_a_klein_by_name_and_by_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(INCLUDED_BASES, TINY_KLEIN, tmp_path / "klein")
+    assert family_of(called(TINY_KLEIN)).name == "FLUX.2 klein", "also without its weights"
+    save_tiny_random_klein(tmp_path / "klein")
+    for name in (TINY_KLEIN, str(tmp_path / "klein")):
+        assert base_title(called(name)) == "the tiny klein base, 32 pixels"
+        assert "--pretrained_model_name_or_path for FLUX.2 klein" in base_line(called(name))
 
 
 def test_other_bases_have_their_name_and_the_size_that_their_files_tell(base: Path, tmp_path: Path) -> None:

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from flatlora_diffusion.config import ConfigError
-from flatlora_diffusion.storage.model_paths import PICKLES, check_base, check_lora, check_vae
+from flatlora_diffusion.config import INCLUDED_BASES, TINY, TINY_KLEIN, ConfigError
+from flatlora_diffusion.storage.model_paths import PICKLES, available_bases, check_base, check_lora, check_vae
 
 CHECKS: dict[str, Callable[[str, str], None]] = {"base": check_base, "vae": check_vae, "lora": check_lora}
 
@@ -34,6 +34,16 @@ def test_existing_models_of_each_kind_are_accepted(base: Path, tmp_path: Path) -
     (tmp_path / "pytorch_lora_weights.safetensors").touch()
     for name in (str(file), str(tmp_path)):
         check_lora("lora", name)
+
+
+def test_an_included_base_is_accepted_only_with_its_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(INCLUDED_BASES, TINY_KLEIN, tmp_path)
+    with pytest.raises(ConfigError, match="base='tiny_klein'"):
+        check_base("base", TINY_KLEIN)
+    assert available_bases() == [TINY]
+    (tmp_path / "model_index.json").touch()
+    check_base("base", TINY_KLEIN)
+    assert available_bases() == [TINY, TINY_KLEIN]
 
 
 @pytest.mark.parametrize("ending", [".bin", ".ckpt"])

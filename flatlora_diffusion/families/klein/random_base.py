@@ -6,7 +6,7 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, Flux2KleinPipeline
 from transformers import Qwen2TokenizerFast
 
-from flatlora_diffusion.config import SAMPLES, ModelConfig
+from flatlora_diffusion.config import INCLUDED_BASES, TINY_KLEIN, ModelConfig
 from flatlora_diffusion.families.klein.pipeline import Klein, wrap_pipeline
 from flatlora_diffusion.families.klein.shapes import on_meta
 from flatlora_diffusion.families.paths import base_file
@@ -19,9 +19,8 @@ def random_klein(config: ModelConfig, device: torch.device, dtype: torch.dtype) 
     Without a folder the tokenizer is that of the tiny klein. Weights preserve the variance of their inputs; the
     VAE is fp32.
     """
-    tokenizer = (
-        base_file(config, "tokenizer/tokenizer.json") or SAMPLES / "tiny_klein" / "tokenizer" / "tokenizer.json"
-    )
+    name = "tokenizer/tokenizer.json"
+    tokenizer = base_file(config, name) or INCLUDED_BASES[TINY_KLEIN] / name
     text_encoder = random_weights(on_meta(config, "text_encoder"), device, dtype)
     rotary = text_encoder.model.rotary_emb
     text_encoder.model.rotary_emb = type(rotary)(text_encoder.config).to(device)  # its frequencies are no weights

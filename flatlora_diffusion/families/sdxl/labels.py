@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from flatlora_diffusion.config import SAMPLES
+from flatlora_diffusion.config import INCLUDED_BASES, TINY
 from flatlora_diffusion.families.labels import Labels
 
 SDXL_LABELS = Labels("SDXL", "sdxl_base_v1-0", "stable-diffusion-xl-v1-base/lora", "SDXL")
@@ -17,7 +17,7 @@ _SIZES = ("block_out_channels", "cross_attention_dim", "addition_time_embed_dim"
 
 def labels_of(unet: Any) -> Labels:
     """Return the labels of a base by the sizes of its UNet."""
-    file = SAMPLES / "tiny_sdxl" / "unet" / "config.json"
+    file = INCLUDED_BASES[TINY] / "unet" / "config.json"
     if not file.is_file():  # the package alone, without the samples
         return SDXL_LABELS
     tiny = json.loads(file.read_text(encoding="utf-8"))

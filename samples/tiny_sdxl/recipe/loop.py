@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -37,24 +37,39 @@ class Schedule:
         return self.learning_rate * ramp * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * fallen)))
 
 
-def train(model: nn.Module, loss_at: Callable[[int], Tensor], schedule: Schedule, state_file: Path) -> None:
-    """Train `model` on `loss_at(step)`; it ends with the averaged weights. A killed run goes on from `state_file`."""
-    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    optimizer = torch.optim.AdamW(
-        parameters.values(), lr=schedule.learning_rate, betas=(0.9, 0.99), weight_decay=schedule.weight_decay
+def adamw(parameters: Iterable[nn.Parameter], schedule: Schedule) -> torch.optim.Optimizer:
+    """The optimizer of every network here."""
+    return torch.optim.AdamW(
+        parameters, lr=schedule.learning_rate, betas=(0.9, 0.99), weight_decay=schedule.weight_decay
     )
+
+
+def train(
+    model: nn.Module,
+    loss_at: Callable[[int], Tensor],
+    schedule: Schedule,
+    state_file: Path,
+    optimizers: Sequence[torch.optim.Optimizer] = (),
+) -> None:
+    """Train `model` on `loss_at(step)`; it ends with the averaged weights. A killed run goes on from `state_file`.
+
+    `optimizers` replace AdamW; together they hold all parameters.
+    """
+    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    optimizers = optimizers or [adamw(parameters.values(), schedule)]
     ema = {name: p.detach().clone() for name, p in parameters.items()}
-    first = _resume(state_file, parameters, ema, optimizer) if state_file.exists() else 0
+    first = _resume(state_file, parameters, ema, optimizers) if state_file.exists() else 0
     bar = tqdm(range(first, schedule.steps), initial=first, total=schedule.steps, desc=state_file.stem, mininterval=5)
     saved, smooth = time.monotonic(), None
     for step in bar:
-        for group in optimizer.param_groups:
+        for group in (group for optimizer in optimizers for group in optimizer.param_groups):
             group["lr"] = schedule.lr_at(step)
         loss = loss_at(step)
         loss.backward()
         nn.utils.clip_grad_norm_(parameters.values(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
         decay = min(schedule.ema, (step + 1) / (step + 10))
         with torch.no_grad():
             torch._foreach_lerp_(list(ema.values()), list(parameters.values()), 1 - decay)
@@ -62,7 +77,7 @@ def train(model: nn.Module, loss_at: Callable[[int], Tensor], schedule: Schedule
         smooth = value if smooth is None else 0.99 * smooth + 0.01 * value
         bar.set_postfix(loss=f"{smooth:.4f}", refresh=False)
         if time.monotonic() - saved > schedule.save_seconds or step + 1 == schedule.steps:
-            _save(state_file, parameters, ema, optimizer, step + 1)
+            _save(state_file, parameters, ema, optimizers, step + 1)
             saved = time.monotonic()
     with torch.no_grad():
         for name, parameter in parameters.items():
@@ -73,21 +88,32 @@ def _save(
     path: Path,
     parameters: dict[str, nn.Parameter],
     ema: dict[str, Tensor],
-    optimizer: torch.optim.Optimizer,
+    optimizers: Sequence[torch.optim.Optimizer],
     step: int,
 ) -> None:
-    tensors, header = optimizer_tensors(optimizer)
-    tensors |= {f"model.{name}": p for name, p in parameters.items()} | {f"ema.{name}": p for name, p in ema.items()}
-    save_tensors(path, tensors, {"optimizer": header, "step": step})
+    tensors = {f"model.{name}": p for name, p in parameters.items()} | {f"ema.{name}": p for name, p in ema.items()}
+    headers = []
+    for place, optimizer in enumerate(optimizers):
+        state, header = optimizer_tensors(optimizer)
+        tensors |= {f"{place}.{name}": value for name, value in state.items()}
+        headers.append(header)
+    save_tensors(path, tensors, {"optimizers": headers, "step": step})
 
 
 def _resume(
-    path: Path, parameters: dict[str, nn.Parameter], ema: dict[str, Tensor], optimizer: torch.optim.Optimizer
+    path: Path,
+    parameters: dict[str, nn.Parameter],
+    ema: dict[str, Tensor],
+    optimizers: Sequence[torch.optim.Optimizer],
 ) -> int:
     tensors, header = load_tensors(path)
     with torch.no_grad():
         for name, parameter in parameters.items():
             parameter.copy_(tensors[f"model.{name}"])
             ema[name].copy_(tensors[f"ema.{name}"])
-    load_optimizer(optimizer, tensors, header["optimizer"])
+    for place, optimizer in enumerate(optimizers):
+        own = {
+            name.removeprefix(f"{place}."): value for name, value in tensors.items() if name.startswith(f"{place}.")
+        }
+        load_optimizer(optimizer, own, header["optimizers"][place])
     return int(header["step"])

@@ -19,14 +19,14 @@ import diffusers
 import numpy as np
 import torch
 import transformers
-from diffusers import AutoencoderKL
+from diffusers import AutoencoderKL, AutoencoderKLFlux2
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from flatlora_diffusion.evaluation.judge import Images, Judge, rank_names, rank_of, style_probabilities
 from flatlora_diffusion.storage.rng import generator
 from samples.tiny_sdxl.recipe.captions import STYLE_WORDS
-from samples.tiny_sdxl.recipe.drawing import STEPS, draw_icons, size_of
+from samples.tiny_sdxl.recipe.drawing import STEPS, size_of
 from samples.tiny_sdxl.recipe.icons import FLAT_STYLES, SIZE, Concept
 from samples.tiny_sdxl.recipe.judge import STYLES, Renders, split_held_out
 from samples.tiny_sdxl.recipe.vae import psnr, reconstructed
@@ -42,12 +42,17 @@ Ranker = Callable[[Images, Sequence[Concept]], Tensor]
 
 @dataclass(frozen=True)
 class Drawn:
-    """What the base drew, an icon per concept: `everything` it was trained on, and the `known` ones in each style."""
+    """What the base drew, an icon per concept: `everything` it was trained on, and the `known` ones in each style.
+
+    `guidance` is that of the `plain` icons, `styled_guidance` that of the others.
+    """
 
     everything: Sequence[Concept]
     known: Sequence[Concept]
     plain: Sequence[Image.Image]
     styled: Mapping[str, Sequence[Image.Image]]
+    guidance: float = GUIDANCE
+    styled_guidance: float = STYLED_GUIDANCE
 
     @property
     def plain_known(self) -> list[Image.Image]:
@@ -56,13 +61,23 @@ class Drawn:
         return [by_code[concept.hexcode] for concept in self.known]
 
 
-def draw(base: Path, everything: Sequence[Concept], known: Sequence[Concept], guidance: float, kept: Path) -> Drawn:
-    """All that is measured, drawn once; `guidance` is that of the styled prompts."""
+Artist = Callable[[Sequence[Concept], str, float], list[Image.Image]]
+"""Draws an icon of each concept by a prompt with the place of its name, and a guidance."""
+
+
+def draw(
+    artist: Artist,
+    everything: Sequence[Concept],
+    known: Sequence[Concept],
+    guidance: float = GUIDANCE,
+    styled_guidance: float = STYLED_GUIDANCE,
+) -> Drawn:
+    """All that is measured."""
     styled = {
-        style: draw_icons(base, known, STYLED_PROMPT.replace("WORD", STYLE_WORDS[style]), guidance, kept)
+        style: artist(known, STYLED_PROMPT.replace("WORD", STYLE_WORDS[style]), styled_guidance)
         for style in FLAT_STYLES
     }
-    return Drawn(everything, known, draw_icons(base, everything, PROMPT, GUIDANCE, kept), styled)
+    return Drawn(everything, known, artist(everything, PROMPT, guidance), styled, guidance, styled_guidance)
 
 
 def measure_quality(
@@ -70,12 +85,14 @@ def measure_quality(
     drawn: Drawn,
     renders: Renders,
     base: Path,
-    judge: Judge,
-    second: Ranker | None,
-    guidance: float,
+    vae: AutoencoderKL | AutoencoderKLFlux2,
+    judges: tuple[Judge, Ranker | None],
 ) -> dict[str, Any]:
-    """The report of the saved pipeline; `renders` are those of all `concepts`, `second` another judge of names."""
-    vae = AutoencoderKL.from_pretrained(base, subfolder="vae").float().eval()
+    """The report of the saved pipeline `base` with this `vae`; `renders` are those of all `concepts`.
+
+    The second of the `judges` tells names only.
+    """
+    judge, second = judges
     images_3d = renders.images[(renders.styles == IS_3D).numpy()]
     rankers: dict[str, Ranker] = {"judge": partial(rank_by_clip, judge)}
     if second is not None:
@@ -85,9 +102,9 @@ def measure_quality(
         "vae": {"psnr_db": round(psnr(vae, images_3d), 2), "images_3d": len(images_3d)},
         "settings": {
             "prompt": PROMPT.format("NAME"),
-            "guidance": GUIDANCE,
+            "guidance": drawn.guidance,
             "styled_prompt": STYLED_PROMPT.format("NAME"),
-            "styled_guidance": guidance,
+            "styled_guidance": drawn.styled_guidance,
             "steps": STEPS,
             "size": SIZE,
             "candidates": CANDIDATES,
@@ -136,7 +153,11 @@ def style_rates(judge: Judge, drawn: Drawn, renders: Renders) -> dict[str, Any]:
 
 
 def real_styles(
-    judge: Judge, concepts: Sequence[Concept], chosen: Sequence[Concept], renders: Renders, vae: AutoencoderKL
+    judge: Judge,
+    concepts: Sequence[Concept],
+    chosen: Sequence[Concept],
+    renders: Renders,
+    vae: AutoencoderKL | AutoencoderKLFlux2,
 ) -> dict[str, dict[str, float]]:
     """How often the judge sees the style of real renders of `chosen`, as they are and after the VAE: the ceiling."""
     own, _ = _renders_of(concepts, chosen, renders)

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from diffusers import (
     AutoencoderKL,
+    AutoencoderKLFlux2,
     DDPMScheduler,
     EulerDiscreteScheduler,
     StableDiffusionXLPipeline,
@@ -122,6 +123,10 @@ class Picture:
     style: str
     weight: float
 
+    @property
+    def svg(self) -> str:
+        return (self.concept.flat_svgs | self.concept.more_svgs)[self.style]
+
     def caption(self, rng: torch.Generator) -> str:
         """A random caption, with the set's style word in STYLED_RATE of the captions or, of other sets, in all."""
         is_styled = self.style not in FLAT_STYLES or float(torch.rand((), generator=rng)) < STYLED_RATE
@@ -130,25 +135,40 @@ class Picture:
 
 @dataclass(frozen=True)
 class Data:
-    """Cached latents (pictures, VARIANTS, 4, 16, 16) in fp32, normalized per channel, and the picture of each row."""
+    """Cached latents (pictures, VARIANTS, 4, 16, 16) in fp32, and the picture of each row."""
 
     latents: Tensor
     pictures: Sequence[Picture]
 
 
-def cache_latents(vae: AutoencoderKL, concepts: Sequence[Concept], best_known: Sequence[Concept]) -> Data:
-    """Encode VARIANTS shifted or flipped copies of every flat drawing of `concepts`."""
-    latents, pictures = [], []
+def list_pictures(concepts: Sequence[Concept], best_known: Sequence[Concept]) -> list[Picture]:
+    """Every flat drawing of `concepts`."""
+    often = {concept.hexcode for concept in best_known}
+    return [
+        Picture(
+            concept,
+            style,
+            (BEST_KNOWN if concept.hexcode in often else 1.0) * (1.0 if style in FLAT_STYLES else OTHER_SETS),
+        )
+        for concept in concepts
+        for style in concept.flat_svgs | concept.more_svgs
+    ]
+
+
+def cache_latents(vae: AutoencoderKL, pictures: Sequence[Picture]) -> Data:
+    """The pictures with their latents, normalized per channel."""
     mean = torch.tensor(vae.config.latents_mean)[:, None, None]
     std = torch.tensor(vae.config.latents_std)[:, None, None]
-    often = {concept.hexcode for concept in best_known}
-    for concept in tqdm(concepts, desc="latents", unit="concept"):
-        for style, svg in (concept.flat_svgs | concept.more_svgs).items():
-            pixels = _variants(render(svg), generator("cpu", 0, concept.hexcode, style))
-            latents.append((encode(vae, pixels) - mean) / std)
-            weight = BEST_KNOWN if concept.hexcode in often else 1.0
-            pictures.append(Picture(concept, style, weight if style in FLAT_STYLES else weight * OTHER_SETS))
-    return Data(torch.stack(latents), pictures)
+    return Data((encode_pictures(vae, pictures) - mean) / std, pictures)
+
+
+def encode_pictures(vae: AutoencoderKL | AutoencoderKLFlux2, pictures: Sequence[Picture]) -> Tensor:
+    """The latents of VARIANTS shifted or flipped copies of every picture, (pictures, VARIANTS, 4, 16, 16)."""
+    latents = []
+    for picture in tqdm(pictures, desc="latents", unit="picture"):
+        rng = generator("cpu", 0, picture.concept.hexcode, picture.style)
+        latents.append(encode(vae, _variants(render(picture.svg), rng)))
+    return torch.stack(latents)
 
 
 def _variants(image: np.ndarray[Any, np.dtype[np.uint8]], rng: torch.Generator) -> Tensor:

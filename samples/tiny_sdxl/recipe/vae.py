@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from diffusers import AutoencoderKL
+from diffusers import AutoencoderKL, AutoencoderKLFlux2
 from torch import Tensor
 
 from flatlora_diffusion.storage.rng import generator
@@ -83,20 +83,20 @@ def train_vae(images: np.ndarray[Any, np.dtype[np.uint8]], work: Path) -> Autoen
 
 
 @torch.no_grad()
-def encode(vae: AutoencoderKL, pixels: Tensor) -> Tensor:
+def encode(vae: AutoencoderKL | AutoencoderKLFlux2, pixels: Tensor) -> Tensor:
     """The posterior's mean, (B, 4, H/4, W/4), not normalized."""
     return vae.encode(pixels).latent_dist.mean
 
 
 @torch.no_grad()
-def psnr(vae: AutoencoderKL, images: np.ndarray[Any, np.dtype[np.uint8]]) -> float:
+def psnr(vae: AutoencoderKL | AutoencoderKLFlux2, images: np.ndarray[Any, np.dtype[np.uint8]]) -> float:
     """Mean over images of the PSNR in dB of the reconstruction, on pixels in [0, 255]."""
     error = (reconstructed(vae, images) - to_pixels(images)) / 2
     return float((-10 * error.square().mean(dim=(1, 2, 3)).log10()).mean())
 
 
 @torch.no_grad()
-def reconstructed(vae: AutoencoderKL, images: np.ndarray[Any, np.dtype[np.uint8]]) -> Tensor:
+def reconstructed(vae: AutoencoderKL | AutoencoderKLFlux2, images: np.ndarray[Any, np.dtype[np.uint8]]) -> Tensor:
     """The images after the VAE, (B, 3, H, W) in [-1, 1]."""
     parts = [to_pixels(images[start : start + 64]) for start in range(0, len(images), 64)]
     return torch.cat([vae.decode(encode(vae, pixels)).sample.clamp(-1, 1) for pixels in parts])
