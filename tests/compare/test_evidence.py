@@ -289,6 +289,34 @@ def test_a_posted_file_has_a_row(tmp_path: Path, capsys: pytest.CaptureFixture[s
 
 
 @pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("settings", []),
+        ("settings", {"max_train_steps": 500}),
+        ("values", {"lora": {"0": {"seconds_per_step": "1.25"}}}),
+        ("runs", [{"memory": int("9" * 400)}]),
+        ("paired", [{"arm": "flat-lora"}]),
+        ("seeds", 3),
+    ],
+)
+def test_a_file_with_other_values_than_its_schema_is_refused_in_a_sentence(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], key: str, value: Any
+) -> None:
+    file = tmp_path / "posted.json"
+    file.write_text(json.dumps(_posted() | {key: value}))
+    assert main(["evidence", "--check", str(file)]) == 2
+    said = capsys.readouterr().err.strip().splitlines()
+    assert len(said) == 1
+    assert f"schema {SCHEMA}" in said[0]
+
+
+def test_a_row_has_one_line_and_no_html() -> None:
+    row = report_row(_posted() | {"device": "a\n| b |\n<img src=x>"})
+    assert row.startswith("| a / b / &lt;img src=x&gt; | 1.2 |")
+    assert row.count("|") == len(COLUMNS) + 1
+
+
+@pytest.mark.parametrize(
     ("change", "named"),
     [
         (lambda text: text[:-30], "cut"),
