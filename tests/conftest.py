@@ -63,6 +63,14 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def klein(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A saved FLUX.2 klein pipeline of random weights, 32-pixel images."""
+    from tiny_random_klein import save_tiny_random_klein
+
+    return save_tiny_random_klein(tmp_path_factory.mktemp("klein"))
+
+
+@pytest.fixture(scope="session")
 def icons(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Three captioned pictures."""
     from tiny_random_sdxl import save_icons

@@ -34,6 +34,7 @@ class ToyFamily(Family):
     trains_text = False
     steps = 4
     guidance = 1.0
+    prefers_bf16 = False
     loader = random_loader = "toy_family:load_toy"
     file_prefixes: Mapping[str, str] = {}
 

@@ -164,6 +164,7 @@ def _settings(experiment: Experiment) -> dict[str, Any]:
         f"{name} images": f"{len(images.samples)}, {images.sha256[:16]}"
         for name, images in experiment.inputs.sets.items()
     }
+    options["guidance_scale"] = experiment.inputs.prompts.guidance
     return {**portable(experiment.config.to_dict()), "mixed_precision": precision, **options, **sets}
 
 

@@ -1,7 +1,7 @@
 """The expected time of the parts of `evidence`, from the speeds measured so far on this machine.
 
 A part takes the remaining steps of its trainings times the seconds of a step, and the samples that its pictures and
-losses pass through the UNet times the seconds of a sample in pictures and in losses.
+losses pass through the denoiser times the seconds of a sample in pictures and in losses.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class PlannedPart(NamedTuple):
 
 
 class Speed(NamedTuple):
-    """What drawing or measuring has taken so far: pictures or losses, samples through the UNet, and seconds."""
+    """What drawing or measuring has taken so far: pictures or losses, samples through the denoiser, and seconds."""
 
     number: int
     passes: int
@@ -49,7 +49,7 @@ class Forecast:
         seconds_left: Returns the seconds until `--hours` are over; None without a limit.
 
     Attributes:
-        pass_seconds: The seconds of a sample's pass through the UNet, for use until better speeds are measured.
+        pass_seconds: The seconds of a sample's pass through the denoiser, for use until better speeds are measured.
     """
 
     def __init__(

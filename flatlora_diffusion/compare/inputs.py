@@ -35,7 +35,7 @@ from flatlora_diffusion.evaluation.judge import load_judge
 from flatlora_diffusion.evaluation.perceptual import load_lpips
 from flatlora_diffusion.families.base import Base
 from flatlora_diffusion.families.device import DTYPES
-from flatlora_diffusion.families.registry import load_base
+from flatlora_diffusion.families.registry import family_of, load_base
 from flatlora_diffusion.storage.separate_folders import check_separate
 
 DRAWS = {TRAIN: 4, HELDOUT: 2, FORGETTING: 2}  # (noise, timestep) pairs of each image
@@ -164,7 +164,7 @@ def _prompts(config: TrainConfig, options: CompareConfig, heldout: Path, samples
         tuple(dict.fromkeys(style))[: options.num_prompts],
         tuple(dict.fromkeys(unrelated))[: options.num_prompts],
         tuple(range(options.pictures_per_prompt)),
-        options.guidance_scale,
+        family_of(config.model).guidance if options.guidance_scale is None else options.guidance_scale,
     )
 
 

@@ -90,7 +90,7 @@ class LossEvaluator:
         }
 
     def loss_passes(self, lora: Path | None, strength: float = 1.0) -> int:
-        """The samples that `losses` passes through the UNet, 0 if they are cached."""
+        """The samples that `losses` passes through the denoiser, 0 if they are cached."""
         return 0 if self._is_cached(_LOSSES_KEY, lora, strength) else sum(images.size for images in self.sets.values())
 
     def loss_increases(self, lora: Path, name: str, sigma: float, draws: int) -> list[float]:
@@ -103,7 +103,7 @@ class LossEvaluator:
         return list(self._cached(_increases_key(name, sigma, draws), lora, 1.0, measure)[name].values())
 
     def increase_passes(self, lora: Path, name: str, sigma: float, draws: int) -> int:
-        """The samples that `loss_increases` passes through the UNet, 0 if they are cached."""
+        """The samples that `loss_increases` passes through the denoiser, 0 if they are cached."""
         return (
             0 if self._is_cached(_increases_key(name, sigma, draws), lora, 1.0) else self.sets[name].size * (1 + draws)
         )

@@ -10,6 +10,7 @@ from pathlib import Path
 from PIL import Image
 
 from flatlora_diffusion.families.base import Base
+from flatlora_diffusion.families.drawing import ImageSettings
 from flatlora_diffusion.families.sampling import generate_images
 from flatlora_diffusion.lora_files.loading import lora_scale, loras_loaded
 from flatlora_diffusion.lora_files.paths import LoraFile
@@ -26,9 +27,9 @@ class PictureGenerator:
     def __init__(
         self, base: Base, resolution: int, cache: Path, steps: int | None = None, guidance: float | None = None
     ) -> None:
-        steps = base.family.steps if steps is None else steps
-        guidance = base.family.guidance if guidance is None else guidance
-        self._base, self._cache, self._settings = base, cache, (resolution, steps, guidance)
+        asked = ImageSettings(resolution, steps, guidance)
+        self._base, self._cache = base, cache
+        self._settings = resolution, base.steps_of(asked), base.guidance_of(asked)
         self._identity = [base_fingerprint(base.denoiser), base.clip_skip]
 
     def generate(self, lora: Path | None, keys: Sequence[Key], strength: float = 1.0) -> dict[Key, Image.Image]:
@@ -44,14 +45,14 @@ class PictureGenerator:
         return {key: read_picture(file) for key, file in files.items()}
 
     def passes(self, lora: Path | None, keys: Sequence[Key], strength: float = 1.0) -> int:
-        """The samples that `generate` passes through the UNet, 0 if all pictures are cached."""
+        """The samples that `generate` passes through the denoiser, 0 if all pictures are cached."""
         exists = lora is None or lora.is_file()
         missing = sum(not file.is_file() for file in self.files(lora, keys, strength)) if exists else len(keys)
         return missing * self.passes_per_picture
 
     @property
     def passes_per_picture(self) -> int:
-        """The samples that a picture passes through the UNet."""
+        """The samples that a picture passes through the denoiser."""
         _, steps, guidance = self._settings
         return steps * (2 if guidance > 1 else 1)
 

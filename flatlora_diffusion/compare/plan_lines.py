@@ -57,7 +57,7 @@ def expected_duration(experiment: Experiment) -> str:
 def expected_seconds(experiment: Experiment) -> tuple[float, float]:
     """Estimate the seconds until the pictures are drawn, and the seconds after that.
 
-    Loads the base to time a pass through the UNet on this machine, which is multiplied by the remaining passes.
+    Loads the base to time a pass through the denoiser on this machine, which is multiplied by the remaining passes.
     """
     evaluator, base = experiment.evaluator([planned for planned in experiment.arm_runs if planned.is_finished])
     pass_seconds = seconds_per_pass(base, experiment.config.data.resolution or base.resolution)

@@ -1,4 +1,4 @@
-"""Runs measurements and drawings with one progress bar over their passes through the UNet."""
+"""Runs measurements and drawings with one progress bar over their passes through the denoiser."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _BAR_FORMAT = "{desc}: {percentage:3.0f}% |{bar:20}| {elapsed} elapsed, about {r
 
 @dataclass(frozen=True)
 class WorkItem:
-    """A measurement or drawing that passes `passes` samples through the UNet, 0 if its result is cached.
+    """A measurement or drawing that passes `passes` samples through the denoiser, 0 if its result is cached.
 
     `pictures` is the number of pictures that it draws, 0 for a measurement of losses.
     """

@@ -30,7 +30,7 @@ def training_seconds(pending: Sequence[PlannedRun], runs: Sequence[PlannedRun], 
     arms.
 
     Args:
-        pass_seconds: The seconds of a pass through the UNet, for use if no run has any step.
+        pass_seconds: The seconds of a pass through the denoiser, for use if no run has any step.
     """
     known = step_seconds(runs)
     passes = {planned.arm.key: _passes_per_step(planned) for planned in runs}
@@ -40,7 +40,7 @@ def training_seconds(pending: Sequence[PlannedRun], runs: Sequence[PlannedRun], 
 
 
 def seconds_per_pass(base: Base, resolution: int) -> float:
-    """Time the pass of one sample through the UNet while drawing; a slow UNet is timed for one step only."""
+    """Time the pass of one sample through the denoiser while drawing; a slow denoiser is timed for one step only."""
     seconds = 0.0
     for steps in (1, 5):
         if seconds < 1:

@@ -56,6 +56,7 @@ from flatlora_diffusion.config.model import (
 )
 from flatlora_diffusion.config.optim import (
     LossType as LossType,
+    MixedPrecision as MixedPrecision,
     ObjectiveConfig as ObjectiveConfig,
     OptimConfig as OptimConfig,
     WeightingScheme as WeightingScheme,

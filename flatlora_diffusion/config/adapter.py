@@ -128,13 +128,13 @@ class AdapterConfig(Section):
     use_rslora: bool = setting(False, "rsLoRA: scale by alpha / sqrt(rank) (arXiv:2312.03732)")
     lora_target_modules: str = setting(
         "attn",
-        "UNet layers with LoRA: attn, attn+ff, all-linear, conv (all-linear and convolutions), or comma-separated "
-        "names",
+        "layers with LoRA: attn, attn+ff, all-linear, conv (all-linear and convolutions), or comma-separated names",
         affects="weights",
     )
     lora_unet_blocks: str | None = setting(
         None,
-        "only these UNet blocks, comma-separated, such as up_blocks.0.attentions.0,mid_block; default: all",
+        "only these blocks, comma-separated, such as up_blocks.0.attentions.0,mid_block or transformer_blocks.0; "
+        "default: all",
         affects="weights",
     )
     use_blora: bool = setting(

@@ -17,7 +17,7 @@ QUIET_VARIABLE = "FLATLORA_QUIET"  # environment variable: log warnings only
 _LORA_FILE = "LoRA file in any format, or a run folder"
 _LORA_BASE = "base model of the LoRA: diffusers folder, `tiny` or `tiny_klein`; default: detected by names and shapes"
 _WHOLE_BASE = "base model: diffusers folder, hub id, single .safetensors checkpoint (SDXL), `tiny` or `tiny_klein`"
-_GUIDANCE = "classifier-free guidance scale (CFG); 1 or less: no guidance"
+_GUIDANCE = "classifier-free guidance scale (CFG); 1 or less: no guidance; default: 5, FLUX.2 klein 4"
 _NEW_DTYPE = "precision of the new file; default: that of the old file"
 _OVERWRITE = "overwrite an earlier output of this command; input files are never overwritten"
 
@@ -40,8 +40,10 @@ class GenerateConfig(Section):
         (1.0,), "strengths of each LoRA; the base (0) is always included", min=-100, max=100
     )
     merge: bool = setting(False, "merge the LoRA into the weights before generating; the same images up to rounding")
-    num_inference_steps: int = setting(25, "denoising steps", min=1, max=1000)
-    guidance_scale: float = setting(5.0, _GUIDANCE, min=0, max=100)
+    num_inference_steps: int | None = setting(
+        None, "denoising steps; default: 25, FLUX.2 klein 50, distilled 4", min=1, max=1000
+    )
+    guidance_scale: float | None = setting(None, _GUIDANCE, min=0, max=100)
     guidance_rescale: float | None = setting(
         None,
         "guidance rescale (arXiv:2305.08891); default: 0.7 for a base with zero terminal SNR, else 0",
@@ -57,14 +59,15 @@ class GenerateConfig(Section):
     )
     mixed_precision: MixedPrecision | None = setting(
         None,
-        "compute precision; default: fp16 on GPU, fp32 (no) on CPU; the VAE runs in fp32, with the fp16 fix in fp16",
+        "compute precision; default: fp16 on GPU, bf16 for FLUX.2 klein, fp32 (no) on CPU; the VAE runs in fp32, with "
+        "the fp16 fix in fp16",
     )
     output_dir: str = setting("generated", "output folder; each call creates a new numbered folder in it")
 
     def __post_init__(self) -> None:
         super().__post_init__()
         _check_not_empty(self, "seeds", "strengths")
-        if self.negative_prompt is not None and self.guidance_scale <= 1:
+        if self.negative_prompt is not None and self.guidance_scale is not None and self.guidance_scale <= 1:
             raise ConfigError(
                 f"negative_prompt has no effect at guidance_scale={self.guidance_scale:g}; use more than 1 or remove "
                 "it"
@@ -251,7 +254,7 @@ class CompareConfig(WorkersConfig):
     )
     num_prompts: int = setting(8, "number of prompts of each kind", min=1, max=1000)
     pictures_per_prompt: int = setting(2, "images per prompt; diversity needs at least two", min=1, max=1000)
-    guidance_scale: float = setting(5.0, _GUIDANCE, min=0, max=100)
+    guidance_scale: float | None = setting(None, _GUIDANCE, min=0, max=100)
     encoders: tuple[str, ...] = setting(
         ("judge",),
         "encoders for similarity and drift: judge (icons only), or folders or hub ids of CLIP and DINOv2 models",

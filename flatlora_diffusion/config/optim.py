@@ -108,7 +108,9 @@ class OptimConfig(Section):
         min=1,
         free_on_resume=True,
     )
-    learning_rate: float = setting(1e-4, "learning rate of the UNet's LoRA", min=0, max=10, retryable=True)
+    learning_rate: float = setting(
+        1e-4, "learning rate of the LoRA of the UNet or transformer", min=0, max=10, retryable=True
+    )
     text_encoder_lr: float = setting(
         5e-6, "learning rate of the text encoders; prodigy uses --learning_rate", min=0, max=10, retryable=True
     )

@@ -6,8 +6,8 @@ from pathlib import Path
 
 from flatlora_diffusion.config import INCLUDED_BASES, TINY, TINY_KLEIN, ModelConfig
 
-TINY_TITLE = "the tiny demo base"
-_TITLES = {TINY: TINY_TITLE, TINY_KLEIN: "the tiny klein base"}
+TINY_TITLE, TINY_KLEIN_TITLE = "the tiny demo base", "the tiny klein base"
+_TITLES = {TINY: TINY_TITLE, TINY_KLEIN: TINY_KLEIN_TITLE}
 _REMEDIES = {TINY: "SDXL", TINY_KLEIN: "FLUX.2 klein"}
 
 

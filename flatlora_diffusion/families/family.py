@@ -34,6 +34,7 @@ class Family(ABC):
         trains_text: whether LoRAs of the text encoders and new tokens are supported.
         unsupported: settings without a meaning for the family, with the value that turns them off.
         steps, guidance: defaults of an image.
+        prefers_bf16: whether fp16 may overflow where bf16 does not.
         loader: `module:function` that loads a base, as `registry.load_base`.
         single_file_saver: `module:function` that saves a pipeline as a single file; None if that is not supported.
         random_loader: `module:function` that creates a base with random weights, as `registry.random_base`.
@@ -48,6 +49,7 @@ class Family(ABC):
     unsupported: Mapping[str, object]
     steps: int
     guidance: float
+    prefers_bf16: bool
     loader: str
     random_loader: str
     single_file_saver: str | None = None
@@ -137,6 +139,10 @@ class Family(ABC):
         self, config: ModelConfig, images: int, resolution: int, dtype: torch.dtype, trains_text: bool
     ) -> tuple[Tensor, ...]:
         """Return the inputs of a step on the meta device, the noisy latents first."""
+
+    def call_options(self, config: ModelConfig) -> dict[str, int]:
+        """Return the arguments of the pipeline's call without which a base of unusual sizes draws another image."""
+        return {}
 
     def check_settings(self, config: TrainConfig) -> None:
         """Raise ConfigError for settings that the family does not support."""

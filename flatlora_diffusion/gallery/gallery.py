@@ -22,12 +22,12 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from flatlora_diffusion.config import ConfigError, GenerateConfig
+from flatlora_diffusion.config import ConfigError, GenerateConfig, MixedPrecision
 from flatlora_diffusion.data.prompts import read_prompts
 from flatlora_diffusion.families.base import Base
-from flatlora_diffusion.families.device import DTYPES, check_precision
+from flatlora_diffusion.families.device import DTYPES, check_precision, has_bf16
 from flatlora_diffusion.families.drawing import Drawing, ImageSettings, portable_base_name
-from flatlora_diffusion.families.registry import load_base
+from flatlora_diffusion.families.registry import family_of, load_base
 from flatlora_diffusion.families.sampling import generate_images
 from flatlora_diffusion.gallery.grid import labelled_grid
 from flatlora_diffusion.gallery.png_text import UsedLora, bare_name, grid_text, image_text
@@ -130,16 +130,27 @@ def _names(paths: Sequence[Path]) -> list[str]:
 
 
 def _load(config: GenerateConfig) -> tuple[Base, GenerateConfig]:
-    """Load the base; returns it and the config with precision and resolution set."""
+    """Load the base; returns it and the config with the base's defaults of precision, size, steps and guidance."""
     has_gpu = torch.cuda.is_available()
-    precision = config.mixed_precision or ("fp16" if has_gpu else "no")
     device = torch.device("cuda" if has_gpu else "cpu")
+    precision = config.mixed_precision or (_gpu_precision(config, device) if has_gpu else "no")
     check_precision("mixed_precision", precision, device)
     base = load_base(config.model, device, DTYPES[precision])
     if config.model.offload and has_gpu:
         base.pipeline.enable_model_cpu_offload()
     resolution = base.checked_resolution(config.resolution)
-    return base, dataclasses.replace(config, mixed_precision=precision, resolution=resolution)
+    asked = ImageSettings(resolution, config.num_inference_steps, config.guidance_scale)
+    return base, dataclasses.replace(
+        config,
+        mixed_precision=precision,
+        resolution=resolution,
+        num_inference_steps=base.steps_of(asked),
+        guidance_scale=base.guidance_of(asked),
+    )
+
+
+def _gpu_precision(config: GenerateConfig, device: torch.device) -> MixedPrecision:
+    return "bf16" if family_of(config.model).prefers_bf16 and has_bf16(device) else "fp16"
 
 
 def _new_folder(parent: Path) -> Path:

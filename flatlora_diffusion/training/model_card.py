@@ -53,19 +53,21 @@ def usage_code(config: TrainConfig, pictures: Sequence[tuple[Path, str]], trigge
     hub_id = config.run.hub_model_id if config.run.push_to_hub and "/" in (config.run.hub_model_id or "") else None
     is_pivotal, family = config.tokens.train_text_encoder_ti, family_of(config.model)
     clip_skip = "" if config.model.clip_skip is None else f", clip_skip={config.model.clip_skip}"
-    options = f"num_inference_steps={family.steps}{clip_skip}"
+    sizes = "".join(f", {name}={value}" for name, value in family.call_options(config.model).items())
+    options = f"num_inference_steps={family.steps}{clip_skip}{sizes}"
+    dtype = "bfloat16" if family.prefers_bf16 else "float16"
     lines = [
         "import torch",
         f"from diffusers import {family.pipeline}",
         *(["from huggingface_hub import hf_hub_download"] if is_pivotal and hub_id else []),
         *(["from safetensors.torch import load_file"] if is_pivotal else []),
         "",
-        'device, dtype = ("cuda", torch.float16) if torch.cuda.is_available() else ("cpu", torch.float32)',
+        f'device, dtype = ("cuda", torch.{dtype}) if torch.cuda.is_available() else ("cpu", torch.float32)',
         f"pipeline = {family.pipeline}.{_loading(config)}.to(device, dtype)",
         *_scheduler_lines(config),
         f'pipeline.load_lora_weights("{hub_id or "."}", weight_name="{LORA_FILE}")' + ("" if hub_id else "  # here"),
         *(_embedding_lines(config, hub_id) if is_pivotal else []),
-        f"image = pipeline({json.dumps(prompt, ensure_ascii=False)}, {options}).images[0]",
+        f"image = pipeline(prompt={json.dumps(prompt, ensure_ascii=False)}, {options}).images[0]",
         'image.save("image.png")',
     ]
     return "\n".join(lines)

@@ -53,7 +53,7 @@ def test_help_all_shows_every_flag_also_for_the_script(capsys: pytest.CaptureFix
 def test_the_help_of_each_flag_has_bounds_and_default(capsys: pytest.CaptureFixture[str]) -> None:
     text = " ".join(helped(capsys, "generate", "--help").split())
     assert flags_in(helped(capsys, "generate", "--help")) == set(flags_of(GenerateConfig()))
-    assert "denoising steps (1 to 1000; default: 25)" in text
+    assert "denoising steps; default: 25, FLUX.2 klein 50, distilled 4 (1 to 1000)" in text
     assert "(0 or more; default: 0)" in text
     assert "{no,fp16,bf16}" in text
     assert "[SEED ...]" in text

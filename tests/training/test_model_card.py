@@ -270,7 +270,7 @@ def test_the_code_draws_with_the_lora(
     without = [line for line in code.splitlines() if "load_lora_weights" not in line]
     assert draw("\n".join(without)) != image
     if is_pivotal:
-        assert 'pipeline("a <s0><s1> fox"' in code
+        assert 'pipeline(prompt="a <s0><s1> fox"' in code
         assert written.data.to_dict()["instance_prompt"] == "a <s0><s1> icon"
         assert written.data.to_dict()["widget"][0]["text"] == "a <s0><s1> fox"
         loaded: dict[str, Any] = {}

@@ -51,6 +51,7 @@ class KleinFamily(Family):
     unsupported = UNSUPPORTED
     steps = 50
     guidance = 4.0
+    prefers_bf16 = True
     loader = "flatlora_diffusion.families.klein.pipeline:load_klein"
     random_loader = "flatlora_diffusion.families.klein.random_base:random_klein"
 
@@ -91,6 +92,12 @@ class KleinFamily(Family):
 
     def prompt_numbers(self, config: ModelConfig) -> int:
         return math.prod(shapes.prompt_shape(config))
+
+    def call_options(self, config: ModelConfig) -> dict[str, int]:
+        """Return size and text length if they are not those of FLUX.2 klein, which are the pipeline's defaults."""
+        side, (tokens, _) = shapes.sizes(config).native, shapes.prompt_shape(config)
+        options = {} if side == shapes.SIDE else {"height": side, "width": side}
+        return options if tokens == shapes.TOKENS else {**options, "max_sequence_length": tokens}
 
     def step_model(self, denoiser: Any, text_encoders: Mapping[str, Any], clip_skip: int | None) -> nn.Module:
         from flatlora_diffusion.families.klein.objective import Velocity

@@ -10,7 +10,7 @@ from diffusers import Flux2KleinPipeline
 from safetensors import SafetensorError, safe_open
 
 from flatlora_diffusion.config import ConfigError, ModelConfig
-from flatlora_diffusion.families.base_title import title_with_size
+from flatlora_diffusion.families.base_title import TINY_KLEIN_TITLE, title_with_size
 from flatlora_diffusion.families.klein.labels import labels_of
 from flatlora_diffusion.families.klein.latents import decode_one_by_one
 from flatlora_diffusion.families.klein.shapes import native_size
@@ -48,8 +48,9 @@ def load_pipeline(config: ModelConfig, device: torch.device, dtype: torch.dtype)
         why = loading_failure(path, error)
         raise ConfigError(f"{_named(config)} cannot be loaded as a FLUX.2 klein: {why}") from error
     _check_pipeline(pipeline, config)
-    name = labels_of(pipeline.transformer).name
-    logger.info("base: %s", title_with_size(name, native_size(pipeline.vae.config)))
+    labels = labels_of(pipeline.transformer)
+    name = TINY_KLEIN_TITLE if labels.is_demo else labels.name
+    logger.info("the base is %s", title_with_size(name, native_size(pipeline.vae.config)))
     decode_one_by_one(pipeline.vae)
     pipeline.to(device)
     for part in _PARTS:

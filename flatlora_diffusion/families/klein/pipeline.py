@@ -23,6 +23,7 @@ from flatlora_diffusion.families.klein.shapes import native_size, prompt_length
 logger = logging.getLogger(__name__)
 
 DISTILLED_STEPS, NO_GUIDANCE = 4, 1.0
+TINY_STEPS = 25  # of the included base
 DISTILLED = (
     "this FLUX.2 klein is distilled to few steps, which training undoes: train on "
     "black-forest-labs/FLUX.2-klein-base-4B and use the LoRA on FLUX.2-klein-4B"
@@ -146,7 +147,9 @@ class Klein(Base):
         return None  # A1111 does not know klein
 
     def steps_of(self, settings: ImageSettings) -> int:
-        return DISTILLED_STEPS if self.is_distilled and settings.steps is None else super().steps_of(settings)
+        if settings.steps is None and self.is_distilled:
+            return DISTILLED_STEPS
+        return TINY_STEPS if settings.steps is None and self.labels.is_demo else super().steps_of(settings)
 
     def guidance_of(self, settings: ImageSettings) -> float:
         return NO_GUIDANCE if self.is_distilled else super().guidance_of(settings)

@@ -12,7 +12,7 @@ from flatlora_diffusion.config import ModelConfig
 from flatlora_diffusion.families.family import Sizes
 from flatlora_diffusion.families.paths import base_file
 
-TOKENS = 512  # of a prompt
+TOKENS, SIDE = 512, 1024  # of a prompt, and pixels of an image
 # The sizes of black-forest-labs/FLUX.2-klein-base-4B; the VAE's are the defaults of diffusers.
 _KLEIN_4B: dict[str, dict[str, Any]] = {
     "transformer": {
@@ -36,7 +36,7 @@ _KLEIN_4B: dict[str, dict[str, Any]] = {
         "tie_word_embeddings": True,
     },
     "tokenizer": {"model_max_length": 131072},
-    "vae": {"block_out_channels": (128, 256, 512, 512), "latent_channels": 32, "sample_size": 1024},
+    "vae": {"block_out_channels": (128, 256, 512, 512), "latent_channels": 32, "sample_size": SIDE},
 }
 
 

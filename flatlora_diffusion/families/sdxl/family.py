@@ -29,6 +29,7 @@ class SdxlFamily(Family):
     unsupported: Mapping[str, object] = {"weighting_scheme": "none"}  # of flow matching
     steps = 25
     guidance = 5.0
+    prefers_bf16 = False
     loader = "flatlora_diffusion.families.sdxl.pipeline:load_sdxl"
     random_loader = "flatlora_diffusion.families.sdxl.random_base:random_sdxl"
     single_file_saver = "flatlora_diffusion.families.sdxl.single_file:save_single_file"

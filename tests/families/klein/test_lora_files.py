@@ -10,7 +10,6 @@ import torch
 from diffusers import Flux2KleinPipeline, Flux2Transformer2DModel
 from safetensors.torch import load_file, save_file
 from tiny_models import normal
-from tiny_random_klein import save_tiny_random_klein
 from torch import Tensor, nn
 
 from flatlora_diffusion.adapter.delta import Update, Updates
@@ -28,13 +27,8 @@ Factors = dict[str, tuple[Tensor, Tensor]]
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_tiny_random_klein(tmp_path_factory.mktemp("klein"))
-
-
-@pytest.fixture(scope="module")
-def transformer(folder: Path) -> Flux2Transformer2DModel:
-    return Flux2Transformer2DModel.from_pretrained(folder, subfolder="transformer")
+def transformer(klein: Path) -> Flux2Transformer2DModel:
+    return Flux2Transformer2DModel.from_pretrained(klein, subfolder="transformer")
 
 
 def block_layers(transformer: nn.Module) -> dict[str, nn.Linear]:
@@ -107,16 +101,16 @@ def test_original_layouts_are_read_with_fused_layers_split(
     layout: Callable[[Factors], dict[str, Tensor]],
     scale: float,
     transformer: Flux2Transformer2DModel,
-    folder: Path,
+    klein: Path,
     tmp_path: Path,
 ) -> None:
     path = tmp_path / "lora.safetensors"
     save_file(layout(original_factors(transformer)), path)
-    lora = import_lora(read_header(path), str(folder))
+    lora = import_lora(read_header(path), str(klein))
     wanted = expected(transformer, scale)
     assert_same(deltas(lora.updates), wanted)
     assert not lora.unknown
-    pipeline = Flux2KleinPipeline.from_pretrained(folder)
+    pipeline = Flux2KleinPipeline.from_pretrained(klein)
     pipeline.load_lora_weights(tmp_path, weight_name=path.name)
     merged = {
         name: layer.get_delta_weight("default_0")
@@ -128,7 +122,7 @@ def test_original_layouts_are_read_with_fused_layers_split(
 
 @pytest.mark.parametrize("prefix", ["transformer.", "diffusion_model.", "base_model.model.", ""])
 def test_diffusers_names_are_read_behind_each_prefix(
-    prefix: str, transformer: Flux2Transformer2DModel, folder: Path, tmp_path: Path
+    prefix: str, transformer: Flux2Transformer2DModel, klein: Path, tmp_path: Path
 ) -> None:
     tensors: dict[str, Tensor] = {}
     wanted: dict[str, Tensor] = {}
@@ -137,7 +131,7 @@ def test_diffusers_names_are_read_behind_each_prefix(
         tensors |= {f"{prefix}{name}.lora_A.weight": down, f"{prefix}{name}.lora_B.weight": up}
         wanted[name] = up @ down
     save_file(tensors, tmp_path / "lora.safetensors")
-    lora = import_lora(read_header(tmp_path / "lora.safetensors"), str(folder))
+    lora = import_lora(read_header(tmp_path / "lora.safetensors"), str(klein))
     assert_same(deltas(lora.updates), wanted)
     support = {row.tool: row.layers for row in tool_support(lora)}
     assert support["diffusers"] == (len(wanted) if prefix else 0)
@@ -162,20 +156,20 @@ def test_without_a_base_a_file_is_of_the_klein_whose_names_and_shapes_it_has(tmp
         import_lora(read_header(tmp_path / "lora.safetensors"), None)
 
 
-def test_fused_rows_that_cannot_be_divided_are_refused(folder: Path, tmp_path: Path) -> None:
+def test_fused_rows_that_cannot_be_divided_are_refused(klein: Path, tmp_path: Path) -> None:
     name = "diffusion_model.double_blocks.0.img_attn.qkv"
     tensors = {f"{name}.lora_A.weight": torch.ones(1, 32), f"{name}.lora_B.weight": torch.ones(97, 1)}
     save_file(tensors, tmp_path / "lora.safetensors")
     with pytest.raises(ConfigError, match="shapes do not fit"):
-        import_lora(read_header(tmp_path / "lora.safetensors"), str(folder))
+        import_lora(read_header(tmp_path / "lora.safetensors"), str(klein))
 
 
 def test_import_resize_average_and_merge_work_on_klein(
-    transformer: Flux2Transformer2DModel, folder: Path, tmp_path: Path
+    transformer: Flux2Transformer2DModel, klein: Path, tmp_path: Path
 ) -> None:
     source, wanted = tmp_path / "kohya.safetensors", expected(transformer, ALPHA / RANK)
     save_file(kohya(original_factors(transformer)), source)
-    base = ["--base", str(folder)]
+    base = ["--base", str(klein)]
     imported = tmp_path / "imported.safetensors"
     assert main(["import", str(source), "--output", str(imported), "--dtype", "fp32", *base]) == 0
     tensors = load_file(imported)
@@ -186,11 +180,11 @@ def test_import_resize_average_and_merge_work_on_klein(
     average = tmp_path / "average.safetensors"
     arguments = ["average", str(source), str(imported), "--output", str(average), "--dtype", "fp32"]
     assert main([*arguments, *base]) == 0
-    assert_same(deltas(import_lora(read_header(average), str(folder)).updates), wanted)
+    assert_same(deltas(import_lora(read_header(average), str(klein)).updates), wanted)
 
     resized = tmp_path / "resized.safetensors"
     assert main(["resize", str(imported), "--rank", "1", "--output", str(resized), "--dtype", "fp32", *base]) == 0
-    for name, value in deltas(import_lora(read_header(resized), str(folder)).updates).items():
+    for name, value in deltas(import_lora(read_header(resized), str(klein)).updates).items():
         left, values, right = torch.linalg.svd(wanted[name])
         best = values[0] * left[:, :1] @ right[:1]
         torch.testing.assert_close(value, best, rtol=1e-3, atol=1e-3 * float(best.abs().max()))
@@ -204,11 +198,11 @@ def test_import_resize_average_and_merge_work_on_klein(
 
 
 def test_kohya_layout_and_single_files_are_refused_for_klein(
-    transformer: Flux2Transformer2DModel, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    transformer: Flux2Transformer2DModel, klein: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     source = tmp_path / "lora.safetensors"
     save_file(comfyui(original_factors(transformer)), source)
-    base = ["--base", str(folder)]
+    base = ["--base", str(klein)]
     assert main(["export", str(source), "--layout", "kohya", *base]) == 2
     assert "--layout" in capsys.readouterr().err
     assert (

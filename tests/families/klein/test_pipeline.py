@@ -23,26 +23,21 @@ PROMPTS = ["an icon of a cup", "x" * 80, ""]
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_tiny_random_klein(tmp_path_factory.mktemp("klein"))
+def base(klein: Path) -> Klein:
+    return load_klein(ModelConfig(str(klein)), CPU, torch.float32)
 
 
 @pytest.fixture(scope="module")
-def base(folder: Path) -> Klein:
-    return load_klein(ModelConfig(str(folder)), CPU, torch.float32)
-
-
-@pytest.fixture(scope="module")
-def stock(folder: Path) -> Flux2KleinPipeline:
-    pipeline = Flux2KleinPipeline.from_pretrained(folder)
+def stock(klein: Path) -> Flux2KleinPipeline:
+    pipeline = Flux2KleinPipeline.from_pretrained(klein)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 
 
-def test_a_klein_folder_is_recognized_and_loaded_frozen_in_eval_mode(folder: Path) -> None:
-    config = ModelConfig(str(folder))
+def test_a_klein_folder_is_recognized_and_loaded_frozen_in_eval_mode(klein: Path) -> None:
+    config = ModelConfig(str(klein))
     assert family_of(config).name == "FLUX.2 klein"
-    assert base_title(config) == f"{folder}, {RESOLUTION} pixels"
+    assert base_title(config) == f"{klein}, {RESOLUTION} pixels"
     base = load_base(config, CPU, torch.bfloat16)
     assert isinstance(base, Klein)
     assert base.denoiser.dtype == base.text_encoders["text_encoder"].dtype == torch.bfloat16
@@ -57,10 +52,10 @@ def test_a_klein_folder_is_recognized_and_loaded_frozen_in_eval_mode(folder: Pat
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_prompts_are_encoded_as_in_the_pipeline_bit_for_bit(
-    dtype: torch.dtype, folder: Path, stock: Flux2KleinPipeline
+    dtype: torch.dtype, klein: Path, stock: Flux2KleinPipeline
 ) -> None:
-    base = load_klein(ModelConfig(str(folder)), CPU, dtype)
-    copy = Flux2KleinPipeline.from_pretrained(folder, dtype=dtype) if dtype != torch.float32 else stock
+    base = load_klein(ModelConfig(str(klein)), CPU, dtype)
+    copy = Flux2KleinPipeline.from_pretrained(klein, dtype=dtype) if dtype != torch.float32 else stock
     with torch.no_grad():
         expected, _ = copy.encode_prompt(PROMPTS, max_sequence_length=TOKENS)
     embeds = base.encode_prompts(PROMPTS)["prompt_embeds"]
@@ -137,8 +132,8 @@ def test_a_distilled_klein_draws_in_four_steps_without_guidance_and_training_it_
     ("setting", "value"),
     [("clip_skip", 1), ("prediction_type", "v_prediction"), ("zero_terminal_snr", True), ("single_file_config", ".")],
 )
-def test_settings_of_sdxl_are_refused_by_name(setting: str, value: object, folder: Path) -> None:
-    config = ModelConfig(str(folder), **{setting: value})  # type: ignore[arg-type]
+def test_settings_of_sdxl_are_refused_by_name(setting: str, value: object, klein: Path) -> None:
+    config = ModelConfig(str(klein), **{setting: value})  # type: ignore[arg-type]
     for check in (family_of(config).check_source, lambda config: load_base(config, CPU, torch.float32)):
         with pytest.raises(ConfigError, match=f"--{setting}"):
             check(config)
@@ -171,18 +166,18 @@ def test_a_damaged_file_is_found_before_loading(tmp_path: Path) -> None:
         load_base(config, CPU, torch.float32)
 
 
-def test_every_setting_without_a_meaning_is_refused_by_name(folder: Path) -> None:
-    family, defaults = family_of(ModelConfig(str(folder))), TrainConfig().to_dict()
+def test_every_setting_without_a_meaning_is_refused_by_name(klein: Path) -> None:
+    family, defaults = family_of(ModelConfig(str(klein))), TrainConfig().to_dict()
     for name, off in family.unsupported.items():
         assert defaults[name] == off
         with pytest.raises(ConfigError, match=f"--{name}"):
             family.check_sections(SimpleNamespace(**{name: "another value"}))
 
 
-def test_a_run_checks_its_settings_before_the_base_is_loaded(folder: Path) -> None:
+def test_a_run_checks_its_settings_before_the_base_is_loaded(klein: Path) -> None:
     config = TrainConfig.from_dict(
         {
-            "pretrained_model_name_or_path": str(folder),
+            "pretrained_model_name_or_path": str(klein),
             "train_text_encoder": True,
         }
     )

@@ -14,7 +14,7 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file
 from tiny_models import normal
-from tiny_random_klein import RESOLUTION, TOKENS, save_tiny_random_klein
+from tiny_random_klein import RESOLUTION, TOKENS
 from torch import Tensor
 
 from flatlora_diffusion.adapter.lora import add_lora
@@ -31,30 +31,6 @@ from flatlora_diffusion.storage.run_dir import LORA_FILE, RunDir
 from flatlora_diffusion.training.trainer import train
 
 CPU = torch.device("cpu")
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_tiny_random_klein(tmp_path_factory.mktemp("klein"))
-
-
-@pytest.fixture
-def settings(folder: Path, icons: Path, tmp_path: Path) -> dict[str, Any]:
-    return {
-        "pretrained_model_name_or_path": str(folder),
-        "instance_data_dir": str(icons),
-        "instance_prompt": "an icon",
-        "output_dir": str(tmp_path / "run"),
-        "max_train_steps": 3,
-        "train_batch_size": 2,
-        "learning_rate": 0.02,
-        "lr_warmup_steps": 0,
-        "seed": 0,
-        "save_dtype": "fp32",
-        "selfcheck": "never",
-        "report_to": "none",
-        "method": "lora",
-    }
 
 
 def trained(settings: dict[str, Any], name: str, **more: Any) -> dict[str, Tensor]:
@@ -87,8 +63,8 @@ def test_a_resumed_run_equals_the_unbroken_one_bit_for_bit(settings: dict[str, A
     assert same(whole, resumed)
 
 
-def test_w_is_bit_equal_after_a_perturbed_step(folder: Path) -> None:
-    base = load_klein(ModelConfig(str(folder)), CPU, torch.float32)
+def test_w_is_bit_equal_after_a_perturbed_step(klein: Path) -> None:
+    base = load_klein(ModelConfig(str(klein)), CPU, torch.float32)
     before = copy.deepcopy(base.denoiser.state_dict())
     add_lora(base.denoiser, AdapterConfig(rank=2), seed=0)
     flat = FlatLora(base.denoiser, sigma=0.2, schedule="constant", seed=1, draw="full")
@@ -105,7 +81,7 @@ def test_w_is_bit_equal_after_a_perturbed_step(folder: Path) -> None:
 
 
 def test_both_files_are_one_layout_that_stock_diffusers_loads_and_that_draws_the_same(
-    settings: dict[str, Any], folder: Path
+    settings: dict[str, Any], klein: Path
 ) -> None:
     trained(settings, "run", lora_alpha=12.0, output_name="mine")
     run = Path(settings["output_dir"])
@@ -121,7 +97,7 @@ def test_both_files_are_one_layout_that_stock_diffusers_loads_and_that_draws_the
     assert metadata["ss_base_model_version"] == "flux_2_klein_4b"
     assert not {"ss_v_parameterization", "ss_clip_skip", "modelspec.prediction_type"} & set(metadata)
 
-    base = load_klein(ModelConfig(str(folder)), CPU, torch.float32)
+    base = load_klein(ModelConfig(str(klein)), CPU, torch.float32)
     asked = ["a cup"], [1], ImageSettings(RESOLUTION, steps=2, guidance=1.0)
     without = base.decode(base.sample_latents(*asked))
     with loras_loaded(base.pipeline, [LoraFile(files[0])]):
@@ -129,7 +105,7 @@ def test_both_files_are_one_layout_that_stock_diffusers_loads_and_that_draws_the
     assert torch.equal(base.decode(base.sample_latents(*asked)), without)
     assert not torch.allclose(ours, without)
     for file in files:
-        stock = Flux2KleinPipeline.from_pretrained(folder)
+        stock = Flux2KleinPipeline.from_pretrained(klein)
         stock.load_lora_weights(file.parent, weight_name=file.name)
         stock.set_progress_bar_config(disable=True)
         image = stock(
@@ -173,16 +149,16 @@ def test_options_of_a_run_work_on_klein(more: dict[str, Any], settings: dict[str
 
 
 def test_commands_train_generate_and_inspect(
-    settings: dict[str, Any], folder: Path, tmp_path: Path, capsys: Any
+    settings: dict[str, Any], klein: Path, tmp_path: Path, capsys: Any
 ) -> None:
     flags = [f"--{name}={value}" for name, value in settings.items() if name != "selfcheck"]
     assert main(["train", *flags]) == 0
     run = settings["output_dir"]
     drawing = ["--prompts", "a cup", "--num_inference_steps", "1", "--output_dir", str(tmp_path / "images")]
-    assert main(["generate", "--pretrained_model_name_or_path", str(folder), "--lora", run, *drawing]) == 0
+    assert main(["generate", "--pretrained_model_name_or_path", str(klein), "--lora", run, *drawing]) == 0
     assert (tmp_path / "images" / "001" / "grid.png").is_file()
     capsys.readouterr()
-    assert main(["inspect", f"{run}/{LORA_FILE}", "--base", str(folder)]) == 0
+    assert main(["inspect", f"{run}/{LORA_FILE}", "--base", str(klein)]) == 0
     text = capsys.readouterr().out
     assert "transformer.single_transformer_blocks.1" in text
     assert "diffusers             12 of 12" in text
