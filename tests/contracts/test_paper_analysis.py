@@ -165,7 +165,7 @@ def test_flat_lora_trains_on_the_smoothed_loss_of_lemma_3_1(sigma: float) -> Non
 
     With common draws a slope between the two is in [0, BETA], so its variance is at most mean * (BETA - mean).
     """
-    width, step, draws = 16, 0.01, 2000
+    width, step, draws = 16, 0.01, 1000
     x = torch.nn.functional.one_hot(torch.tensor([3]), width).float()
     with seeded(0):
         model: Any = get_peft_model(

@@ -25,7 +25,6 @@ from flatlora_diffusion.storage.run_dir import RunDir
 from flatlora_diffusion.training.model_card import usage_code, write_model_card
 
 SDXL = "stabilityai/stable-diffusion-xl-base-1.0"
-# Words of what came of a training, or was meant to, and not of what was done.
 
 
 @pytest.fixture
@@ -245,6 +244,7 @@ def test_the_code_samples_as_the_base_was_trained() -> None:
     assert "scheduler" not in usage_code(config(), [], "TOK")
 
 
+@pytest.mark.usefixtures("short_drawings")
 @pytest.mark.parametrize("is_pivotal", [False, True])
 def test_the_code_draws_with_the_lora(
     run: RunDir, base: Path, monkeypatch: pytest.MonkeyPatch, is_pivotal: bool
