@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from flatlora_diffusion.compare.arms import parse_arm
+from flatlora_diffusion.config import TINY, TINY_KLEIN
 
 STEPS, BATCH = 300, 2  # of the shared settings
 
@@ -125,6 +126,7 @@ _ALL = [
     Subject("Flat-LoRA 0.4", _FLAT),
     Subject("Flat-LoRA, tuned", f"flat-lora:{_TUNED}", strengths=_WEAKENED),
     Subject("LoRA, tuned", "lora:learning_rate=0.00052,lora_dropout=0.14,adam_weight_decay=1.2"),
+    Subject("SAM, rise 10 %", "sam:rho_rise=0.1", strengths=_WEAKENED),
     Subject("SAM 0.25", "sam:rho=0.25", strengths=_WEAKENED),
     Subject("SAM 0.125", "sam:rho=0.125", strengths=_WEAKENED),
     Subject("SAM 0.125, every 2nd step", "sam:rho=0.125", sam_every=2, strengths=_WEAKENED),
@@ -136,3 +138,6 @@ _ALL = [
     _average("demo: average of 3", arm=_DEMO, reference="demo: LoRA"),
 ]
 SUBJECTS = {subject.name: subject for subject in _ALL}
+# A rho fits one base, while a rise of the loss means the same on each. 10 % is half of what is like rho 0.25 on tiny.
+_KLEIN = ("lora", "average of 3", "Flat-LoRA 0.4", "SAM, rise 10 %")
+SUBJECTS_ON = {TINY: tuple(name for name in SUBJECTS if name != "SAM, rise 10 %"), TINY_KLEIN: _KLEIN}

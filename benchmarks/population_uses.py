@@ -25,9 +25,9 @@ from torch import Tensor, nn
 from benchmarks import record
 from benchmarks.population_icons import second_style, style_3d
 from benchmarks.population_subjects import SUBJECTS as ALL, Subject
-from benchmarks.populations import BASE, UNIT, Study
+from benchmarks.populations import UNIT, Study
+from flatlora_diffusion.config import TINY
 from flatlora_diffusion.evaluation.probe import draw_losses
-from flatlora_diffusion.families.sdxl.objective import SdxlObjective
 from flatlora_diffusion.flatness.perturbed_models import round_to
 from flatlora_diffusion.lora_files.loading import lora_scale, loras_loaded
 from flatlora_diffusion.lora_files.names import base_names
@@ -76,8 +76,8 @@ class Uses:
     def _cut(self, file: Path, rank: int) -> Path:
         path = self._work / "cuts" / f"{file_sha256(file)[:24]}-{rank}.safetensors"
         if not path.is_file():
-            updates = average_updates([read_lora_file(str(file), BASE).updates], [1.0], rank).updates
-            write_lora(updates, base_names(BASE), path, "diffusers", "fp32", {})
+            updates = average_updates([read_lora_file(str(file), TINY).updates], [1.0], rank).updates
+            write_lora(updates, base_names(TINY), path, "diffusers", "fp32", {})
         return path
 
     def _measured(self, style: Study, files: Sequence[Path], group: int, use: str) -> Tensor:
@@ -91,14 +91,14 @@ class Uses:
         return load_file(cache)["losses"].double()
 
     def _measure(self, style: Study, files: Sequence[Path], group: int, use: str) -> Tensor:
-        sdxl = style.sdxl
-        probe, objective = style.probes(group)[LIST], SdxlObjective(sdxl.scheduler)
+        base = style.loaded
+        probe, objective = style.probes(group)[LIST], base.objective()
         loras = [LoraFile(file) for file in files]
-        with in_bits(sdxl.denoiser, BITS.get(use)):
+        with in_bits(base.denoiser, BITS.get(use)):
             if not loras:
-                return draw_losses(sdxl.denoiser, objective, probe)
-            with loras_loaded(sdxl.pipeline, loras), lora_scale(sdxl.pipeline, loras, 1.0, merge=False):
-                return draw_losses(sdxl.denoiser, objective, probe)
+                return draw_losses(base.denoiser, objective, probe)
+            with loras_loaded(base.pipeline, loras), lora_scale(base.pipeline, loras, 1.0, merge=False):
+                return draw_losses(base.denoiser, objective, probe)
 
 
 @contextmanager

@@ -3,6 +3,7 @@
     python -m benchmarks.populations --work FOLDER                       # train and measure all that is missing
     python -m benchmarks.populations --work FOLDER --subjects lora sam   # only these
     python -m benchmarks.populations --work FOLDER --only-write          # the JSON of what is measured so far
+    python -m benchmarks.populations --work FOLDER --base tiny_klein     # on a FLUX.2 klein: four subjects
 
 Each subject is trained in `--groups` groups of three members with a seed each and measured on every list of
 `population_icons`: the denoising loss of each icon under four (noise, timestep) draws, stratified over time, the same
@@ -10,8 +11,9 @@ for all subjects of a group and others for each group. A plain arm is the first 
 made of members of one group. Nothing is trained or measured twice, so the command goes on after a stop; processes that
 train other arms may share a work folder.
 
-Writes benchmarks/populations.json (or populations_second_style.json), of which `python -m benchmarks.populations_page`
-makes the tables of docs/generalization.md. Needs npm and the `recipe` extra for the icons.
+Writes benchmarks/populations.json (populations_second_style.json, populations_klein.json), of which
+`python -m benchmarks.populations_page` makes the tables of docs/generalization.md. Needs npm and the `recipe` extra
+for the icons.
 """
 
 from __future__ import annotations
@@ -36,13 +38,13 @@ from torch import Tensor
 
 from benchmarks import record
 from benchmarks.population_icons import Style, second_style, style_3d
-from benchmarks.population_subjects import STEPS, SUBJECTS, Subject
+from benchmarks.population_subjects import STEPS, SUBJECTS, SUBJECTS_ON, Subject
 from flatlora_diffusion.compare.arms import PlannedRun, parse_arm, plan_runs
-from flatlora_diffusion.config import ModelConfig, TrainConfig
+from flatlora_diffusion.config import TINY, ModelConfig, TrainConfig
 from flatlora_diffusion.data.dataset import load_samples
 from flatlora_diffusion.evaluation.probe import Probe, draw_losses, fixed_probe, resample
-from flatlora_diffusion.families.sdxl.objective import SdxlObjective
-from flatlora_diffusion.families.sdxl.pipeline import load_sdxl
+from flatlora_diffusion.families.base import Base
+from flatlora_diffusion.families.registry import load_base
 from flatlora_diffusion.lora_files.loading import lora_scale, loras_loaded
 from flatlora_diffusion.lora_files.names import base_names
 from flatlora_diffusion.lora_files.paths import LoraFile
@@ -54,9 +56,7 @@ from flatlora_diffusion.method.rivals.sketch import Sketches
 from flatlora_diffusion.storage.atomic_io import atomic_write, file_sha256
 from flatlora_diffusion.training.trainer import train
 
-BASE = "tiny"
 SETTINGS = {
-    "pretrained_model_name_or_path": BASE,
     "rank": 4,
     "max_train_steps": 300,
     "train_batch_size": 2,
@@ -90,23 +90,23 @@ class Row:
 class Study:
     """One base, one style: the trainings, the averages and the measurements below a work folder."""
 
-    def __init__(self, style: Style, work: Path) -> None:
-        self._style, self._work, self.name = style, work, work.name
+    def __init__(self, style: Style, work: Path, base: str = TINY) -> None:
+        self._style, self._work, self.name, self.base_name = style, work, work.name, base
         self.samples = {name: load_samples(folder).samples for name, folder in style.lists.items()}
 
     @cached_property
-    def sdxl(self) -> Any:
+    def loaded(self) -> Base:
         """The base in fp32."""
-        return load_sdxl(ModelConfig(BASE), record.DEVICE, torch.float32)
+        return load_base(ModelConfig(self.base_name), record.DEVICE, torch.float32)
 
     @cached_property
     def _first_probes(self) -> dict[str, Probe]:
-        sdxl = self.sdxl
-        return {name: fixed_probe(sdxl, samples, sdxl.resolution, 0, DRAWS) for name, samples in self.samples.items()}
+        base = self.loaded
+        return {name: fixed_probe(base, samples, base.resolution, 0, DRAWS) for name, samples in self.samples.items()}
 
     def probes(self, group: int) -> dict[str, Probe]:
         """The icons of every list under the draws of a group."""
-        return {name: resample(probe, self.sdxl, group) for name, probe in self._first_probes.items()}
+        return {name: resample(probe, self.loaded, group) for name, probe in self._first_probes.items()}
 
     def rows(self, subject: Subject, group: int) -> Iterator[Row]:
         """Every row of a subject in a group, trained and measured where it is missing."""
@@ -148,7 +148,7 @@ class Study:
             "instance_data_dir": str(self._training(subject.images)),
             "output_dir": str(self._work / subject.folder),
         }
-        settings: dict[str, Any] = SETTINGS | places
+        settings: dict[str, Any] = settings_on(self.base_name) | places
         if subject.branch_at and member != subject.members[0]:
             trunk = self._planned(replace(subject, branch_at=0), group, subject.members[0])
             places["output_dir"] = str(self._work / "branches")
@@ -176,11 +176,11 @@ class Study:
         key = json.dumps([*(file_sha256(file) for file in files), *cuts])
         path = self._work / "averages" / f"{hashlib.sha256(key.encode()).hexdigest()[:24]}.safetensors"
         if not path.is_file():
-            members = [read_lora_file(str(file), BASE).updates for file in files]
+            members = [read_lora_file(str(file), self.base_name).updates for file in files]
             if member_rank is not None:
                 members = [average_updates([member], [1.0], member_rank).updates for member in members]
             average = average_updates(members, [1 / len(members)] * len(members), rank)
-            write_lora(average.updates, base_names(BASE), path, "diffusers", "fp32", {})
+            write_lora(average.updates, base_names(self.base_name), path, "diffusers", "fp32", {})
         return path
 
     def _measured(self, file: Path | None, group: int, strength: float) -> dict[str, Tensor]:
@@ -193,16 +193,21 @@ class Study:
         return {name: values.double() for name, values in load_file(cache).items()}
 
     def _measure(self, file: Path | None, group: int, strength: float) -> dict[str, Tensor]:
-        objective, unet = SdxlObjective(self.sdxl.scheduler), self.sdxl.denoiser
+        objective, denoiser = self.loaded.objective(), self.loaded.denoiser
         if file is None:
-            return {name: draw_losses(unet, objective, probe) for name, probe in self.probes(group).items()}
-        pipeline, files = self.sdxl.pipeline, [LoraFile(file)]
+            return {name: draw_losses(denoiser, objective, probe) for name, probe in self.probes(group).items()}
+        pipeline, files = self.loaded.pipeline, [LoraFile(file)]
         with loras_loaded(pipeline, files), lora_scale(pipeline, files, strength, merge=True):
-            return {name: draw_losses(unet, objective, probe) for name, probe in self.probes(group).items()}
+            return {name: draw_losses(denoiser, objective, probe) for name, probe in self.probes(group).items()}
 
     def _cache(self, file: Path | None, group: int, strength: float) -> Path:
         content = "base" if file is None else file_sha256(file)[:24]
         return self._work / "measured" / f"{content}-{group}-{strength:g}.safetensors"
+
+
+def settings_on(base: str) -> dict[str, Any]:
+    """The settings of all trainings on a base."""
+    return {"pretrained_model_name_or_path": base, **SETTINGS}
 
 
 def seed_of(group: int, member: int) -> int:
@@ -216,11 +221,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     torch.set_num_threads(options.threads)
     work = options.work.resolve()
     style = (second_style if options.second_style else style_3d)(work / "packages", work)
-    study = Study(style, work / ("second-style" if options.second_style else "3d"))
-    subjects = [SUBJECTS[name] for name in options.subjects]
+    of_base = "" if options.base == TINY else "-klein"
+    study = Study(style, work / (("second-style" if options.second_style else "3d") + of_base), options.base)
+    subjects = [SUBJECTS[name] for name in options.subjects or SUBJECTS_ON[options.base]]
     if not options.only_write:
         _measure_all(study, subjects, options.groups)
-    name = "populations_second_style" if options.second_style else "populations"
+    name = ("populations_second_style" if options.second_style else "populations") + of_base.replace("-", "_")
     record.save(options.out / f"{name}.json", result(study, options.groups))
 
 
@@ -244,7 +250,7 @@ def result(study: Study, groups: int) -> dict[str, Any]:
             if study.is_measured(subject, group):
                 rows += [_saved(row) for row in study.rows(subject, group)]
     return {
-        "settings": SETTINGS,
+        "settings": settings_on(study.base_name),
         "seeds": {str(group): [seed_of(group, member) for member in range(MEMBERS)] for group in range(groups)},
         "lists": {name: [sample.id for sample in samples] for name, samples in study.samples.items()},
         "subjects": {name: SUBJECTS[name].describe() for name in dict.fromkeys(row["subject"] for row in rows)},
@@ -322,7 +328,10 @@ def _ascend_by_image(sam: Sam, rise: float, step: int, micro_batches: Iterable[A
 def parser() -> argparse.ArgumentParser:
     found = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     found.add_argument("--work", type=Path, required=True, help="folder for icons, runs and measurements")
-    found.add_argument("--subjects", nargs="+", choices=list(SUBJECTS), default=list(SUBJECTS), metavar="SUBJECT")
+    found.add_argument(
+        "--subjects", nargs="+", choices=list(SUBJECTS), metavar="SUBJECT", help="default: those of the base"
+    )
+    found.add_argument("--base", choices=list(SUBJECTS_ON), default=TINY)
     found.add_argument("--groups", type=int, default=5, help="groups of three seeds")
     found.add_argument("--second-style", action="store_true", help="train on icons with outlines instead of 3D icons")
     found.add_argument("--only-write", action="store_true", help="write the JSON of what is measured, train nothing")

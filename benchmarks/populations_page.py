@@ -24,7 +24,11 @@ from flatlora_diffusion.evaluation.crossed_statistics import CrossedDifference, 
 FOLDER = Path(__file__).parent
 PAGE = FOLDER.parent / "docs" / "generalization.md"
 USES_FILE = FOLDER / "population_uses.json"
-STYLES = {"populations": "3D icons", "populations_second_style": "Icons with outlines"}
+STYLES = {
+    "populations": "3D icons",
+    "populations_second_style": "Icons with outlines",
+    "populations_klein": "3D icons on a FLUX.2 klein",
+}
 POPULATIONS = ("known 200", "known 615", "unknown")
 FORGETTING = "flat"
 REFERENCE, AVERAGE = "lora", "average of 3"

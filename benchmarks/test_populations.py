@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import json
+import logging
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from tiny_random_klein import save_tiny_random_klein
+from tiny_random_sdxl import save_icons
 from torch import nn
 
-from benchmarks.population_subjects import SUBJECTS
+from benchmarks import populations
+from benchmarks.population_icons import REPORTED, TUNING, TUNING_FLAT, Style
+from benchmarks.population_subjects import SUBJECTS, SUBJECTS_ON
 from benchmarks.population_uses import ALONE, ALONE_IN_BOTH, BITS, USES, in_bits
-from benchmarks.populations import seed_of
+from benchmarks.populations import SETTINGS, seed_of
 from benchmarks.populations_page import (
     AVERAGE,
     FOLDER,
@@ -27,10 +32,12 @@ from benchmarks.populations_page import (
     style_section,
     uses_section,
 )
+from flatlora_diffusion.config import INCLUDED_BASES, TINY_KLEIN
 from flatlora_diffusion.evaluation.crossed_statistics import CrossedDifference
 
 README = FOLDER.parent / "README.md"
 CHOOSING = FOLDER.parent / "docs" / "choosing_a_method.md"
+LISTS = (*REPORTED, TUNING, TUNING_FLAT)
 
 
 @pytest.fixture(scope="module")
@@ -237,3 +244,25 @@ def test_the_price_of_a_use_is_its_loss_less_that_without_it() -> None:
         assert "+5 ± 0 |" in line
         assert "\N{MINUS SIGN}2 ± 0" in line
         assert ("| +3 ± 0 |" in line) == line.startswith("| base in")
+
+
+def test_subjects_are_trained_and_measured_on_a_klein(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a random klein and three icons in the place of each list, two steps a run."""
+    icons = save_icons(tmp_path / "icons")
+    monkeypatch.setitem(INCLUDED_BASES, TINY_KLEIN, save_tiny_random_klein(tmp_path / "klein"))
+    monkeypatch.setitem(SETTINGS, "max_train_steps", 2)
+    monkeypatch.setattr(populations, "POINTS", 2)
+    monkeypatch.setattr(populations, "style_3d", lambda *_: Style(icons, dict.fromkeys(LISTS, icons)))
+    flags = ["--work", str(tmp_path / "work"), "--base", "tiny_klein", "--groups", "1", "--out", str(tmp_path)]
+    try:
+        populations.main(flags)
+    finally:
+        logging.disable(logging.NOTSET)
+    study = Study.read(tmp_path / "populations_klein.json")
+    assert study.data["settings"]["pretrained_model_name_or_path"] == "tiny_klein"
+    assert [name for name in study.data["subjects"] if study.groups(name) == [0]] == list(SUBJECTS_ON[TINY_KLEIN])
+    average = study.table("average of 3", "unknown", [0])
+    assert average.shape == (1, 3)
+    assert np.abs(average).max() > 0
+    for member in range(3):
+        assert not np.allclose(average, study.table("lora", "unknown", [0], 1.0, member))

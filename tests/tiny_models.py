@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
-from diffusers import UNet2DConditionModel
+from diffusers import Flux2Transformer2DModel, UNet2DConditionModel
 from lora_by_hand import gradients, lora_layers
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
@@ -24,6 +24,13 @@ from transformers import (
 
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
 ATTENTION_AND_CONV = (*ATTENTION, "ff.net.0.proj", "proj_in", "conv1", "conv_shortcut", "time_emb_proj")
+
+
+# With fused query, key, value and feed-forward in the single blocks.
+KLEIN_LAYERS = (
+    *(*ATTENTION, "to_qkv_mlp_proj", "ff.linear_in", "ff_context.linear_out"),
+    *(f"single_transformer_blocks.{block}.attn.to_out" for block in range(2)),
+)
 
 
 @dataclass(frozen=True)
@@ -198,6 +205,42 @@ def unet_case(adapter: Adapter | None = None, seed: int = 0, layers_per_block: i
     return Case(unet, predict, normal(seed + 13, 2, 4, 8, 8))
 
 
+def klein_case(adapter: Adapter | None = None, seed: int = 0) -> Case:
+    """A FLUX.2 klein transformer: two blocks of two streams and two of one stream."""
+    adapter = adapter or Adapter()
+    with seeded(seed):
+        transformer: Any = Flux2Transformer2DModel(
+            in_channels=16,
+            num_layers=2,
+            num_single_layers=2,
+            attention_head_dim=16,
+            num_attention_heads=2,
+            joint_attention_dim=20,
+            timestep_guidance_channels=32,
+            axes_dims_rope=(4, 4, 4, 4),
+            guidance_embeds=False,
+        )
+        transformer.requires_grad_(False)
+        transformer.add_adapter(adapter.config(KLEIN_LAYERS))
+    randomize_adapters(transformer)
+    to_dtypes(transformer, adapter)
+    latents, text = normal(seed + 10, 2, 16, 16), normal(seed + 11, 2, 5, 20)
+    image_ids = torch.tensor([[0, row, column, 0] for row in range(4) for column in range(4)])
+    text_ids = torch.tensor([[0, 0, 0, token] for token in range(5)])
+
+    def predict(module: nn.Module) -> Tensor:
+        dtype = base_dtype(module)
+        return module(
+            hidden_states=latents.to(dtype),
+            encoder_hidden_states=text.to(dtype),
+            timestep=torch.tensor([0.3, 0.8]),
+            img_ids=image_ids,
+            txt_ids=text_ids,
+        ).sample
+
+    return Case(transformer, predict, normal(seed + 13, 2, 16, 16))
+
+
 def t5_case(adapter: Adapter | None = None, seed: int = 0) -> Case:
     config = T5Config(
         vocab_size=60,
@@ -258,8 +301,8 @@ def llama_case(adapter: Adapter | None = None, seed: int = 0) -> Case:
 
 
 def base_dtype(model: nn.Module) -> torch.dtype:
-    """The dtype of the frozen weights, which a batch has to be given in."""
-    return next(p.dtype for p in model.parameters() if not p.requires_grad)
+    """The dtype of the frozen weights that are not quantized, which a batch has to be given in."""
+    return next(p.dtype for p in model.parameters() if not p.requires_grad and p.is_floating_point())
 
 
 def _language_case(
@@ -274,9 +317,10 @@ def _language_case(
     return Case(model, predict, target)
 
 
+DENOISERS: dict[str, Callable[..., Case]] = {"unet": unet_case, "klein": klein_case}  # of the families
 CASES: dict[str, Callable[..., Case]] = {
     "toy": toy_case,
-    "unet": unet_case,
+    **DENOISERS,
     "unet_conv": lambda adapter=None: unet_case(replace(adapter or Adapter(), targets=ATTENTION_AND_CONV)),
     "t5": t5_case,
     "clip": clip_case,

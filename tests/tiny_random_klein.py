@@ -22,23 +22,26 @@ _TEMPLATE = (
 )
 
 
-def tiny_random_klein(is_distilled: bool = False) -> Flux2KleinPipeline:
-    """Create it: 32-pixel images, latents of 4 x 8 x 8 and 16 x 4 x 4 in patches, 12 adapted layers, 64 tokens."""
+def tiny_random_klein(is_distilled: bool = False, channels: int = 4, levels: int = 3) -> Flux2KleinPipeline:
+    """Create it: 32-pixel images, latents of 4 x 8 x 8 and 16 x 4 x 4 in patches, 12 adapted layers, 64 tokens.
+
+    FLUX.2's own VAE has 32 `channels` and 4 `levels`.
+    """
     with torch.random.fork_rng():
         torch.manual_seed(0)
         vae = AutoencoderKLFlux2(
-            down_block_types=("DownEncoderBlock2D",) * 3,
-            up_block_types=("UpDecoderBlock2D",) * 3,
-            block_out_channels=(8, 8, 8),
+            down_block_types=("DownEncoderBlock2D",) * levels,
+            up_block_types=("UpDecoderBlock2D",) * levels,
+            block_out_channels=(8,) * levels,
             layers_per_block=1,
-            latent_channels=4,
+            latent_channels=channels,
             norm_num_groups=4,
             sample_size=RESOLUTION,
         )
         vae.bn.running_mean.normal_(0, 0.2)
         vae.bn.running_var.uniform_(0.5, 2)
         transformer = Flux2Transformer2DModel(
-            in_channels=16,
+            in_channels=4 * channels,
             num_layers=2,
             num_single_layers=2,
             attention_head_dim=16,

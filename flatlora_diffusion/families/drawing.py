@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from PIL.PngImagePlugin import PngInfo
 
-from flatlora_diffusion.config import SDXL
+from flatlora_diffusion.config import KLEIN, SDXL
 from flatlora_diffusion.storage.versions import PROGRAM, __version__
 
 PARAMETERS = "parameters"
@@ -20,7 +20,11 @@ SAMPLERS = {
     "EulerDiscreteScheduler": ("euler", "Euler"),
     "EulerAncestralDiscreteScheduler": ("euler_ancestral", "Euler a"),
 }
-_KNOWN_BASES = {SDXL: "sd_xl_base_1.0"}  # file names in other tools
+_KNOWN_BASES = {  # file names in other tools
+    SDXL: "sd_xl_base_1.0",
+    KLEIN: "flux-2-klein-base-4b",
+    KLEIN.replace("-base", ""): "flux-2-klein-4b",
+}
 
 
 @dataclass(frozen=True)

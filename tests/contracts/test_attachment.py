@@ -8,7 +8,7 @@ import pytest
 import torch
 from lora_by_hand import lora_layers, merged_weight
 from module_surface import surface
-from tiny_models import CASES, Adapter, Case, toy_case, unet_case
+from tiny_models import CASES, DENOISERS, Adapter, Case, toy_case
 from torch import Tensor, nn
 
 from flatlora_diffusion import FlatLora
@@ -50,15 +50,15 @@ def test_disabled_adapters_are_not_perturbed() -> None:
         assert torch.equal(predicted(case), noisy)
 
 
-def test_disabled_adapters_of_a_unet_are_not_perturbed() -> None:
-    case = unet_case()
-    unet = case.model
-    flat = attach(unet)
-    unet.disable_adapters()
+@pytest.mark.parametrize("denoiser", DENOISERS)
+def test_disabled_adapters_of_a_denoiser_are_not_perturbed(denoiser: str) -> None:
+    case = DENOISERS[denoiser]()
+    flat = attach(case.model)
+    case.model.disable_adapters()
     plain = predicted(case)
     with flat.perturb(step=1):
         assert torch.equal(predicted(case), plain)
-        unet.enable_adapters()
+        case.model.enable_adapters()
         assert not torch.equal(predicted(case), plain)
 
 

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from lora_by_hand import lora_layers
-from tiny_models import Adapter, Case, toy_case, unet_case
+from tiny_models import DENOISERS, Adapter, Case, toy_case
 from torch import Tensor, nn
 
 from flatlora_diffusion import FlatLora
@@ -57,11 +57,12 @@ def test_base_weights_are_bit_identical_after_100_perturbed_steps(dtype: torch.d
     assert not any(torch.equal(a, b) for a, b in zip(lora_before, lora_after, strict=True)), "a LoRA was not trained"
 
 
+@pytest.mark.parametrize("denoiser", DENOISERS)
 @pytest.mark.parametrize(
     ("dtype", "dora"), [(torch.float32, True), (torch.bfloat16, False), (torch.float16, True)], ids=str
 )
-def test_base_weights_of_a_unet_are_bit_identical(dtype: torch.dtype, dora: bool) -> None:
-    case = unet_case(Adapter(dtype=dtype, dora=dora))
+def test_base_weights_of_a_denoiser_are_bit_identical(denoiser: str, dtype: torch.dtype, dora: bool) -> None:
+    case = DENOISERS[denoiser](Adapter(dtype=dtype, dora=dora))
     before = snapshot(case.model)
     train(case, FlatLora(case.model, schedule="constant"), steps=3)
     assert_untouched(case.model, before)

@@ -12,7 +12,7 @@ import pytest
 import torch
 from draw_statistics import assert_unit_variance
 from lora_by_hand import distance, gradients, lora_layers, merged_weight
-from tiny_models import Adapter, Case, loss_and_gradients, toy_case, unet_case
+from tiny_models import Adapter, Case, klein_case, loss_and_gradients, toy_case, unet_case
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -48,7 +48,7 @@ def by_hand(model: nn.Module, noise: Mapping[str, Tensor]) -> nn.Module:
     return model
 
 
-@pytest.mark.parametrize("build", [toy_case, unet_case])
+@pytest.mark.parametrize("build", [toy_case, unet_case, klein_case])
 def test_loss_and_gradients_equal_the_dora_formula_with_noise_on_the_base_weight(build: object) -> None:
     assert callable(build)
     case = build(DORA)

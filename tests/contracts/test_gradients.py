@@ -12,6 +12,7 @@ from lora_by_hand import add_to_base, all_noise, distance, gradients, lora_layer
 from peft import LoraConfig, get_peft_model
 from tiny_models import (
     CASES,
+    DENOISERS,
     Adapter,
     Case,
     add_second_adapter,
@@ -20,7 +21,6 @@ from tiny_models import (
     normal,
     seeded,
     toy_case,
-    unet_case,
 )
 from torch import Tensor, nn
 
@@ -64,9 +64,10 @@ def test_loss_and_gradients_equal_those_of_noise_added_to_the_weights_by_hand(na
     assert_close(perturbed(case, flat, step=7, slot=2), expected)
 
 
+@pytest.mark.parametrize("denoiser", DENOISERS)
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
-def test_noise_acts_in_train_and_in_eval_mode(training: bool) -> None:
-    case = unet_case()
+def test_noise_acts_in_train_and_in_eval_mode(denoiser: str, training: bool) -> None:
+    case = DENOISERS[denoiser]()
     case.model.train(training)
     clean = copy.deepcopy(case.model)
     flat = FlatLora(case.model, sigma=SIGMA, schedule="constant")
@@ -206,8 +207,9 @@ def test_gradients_equal_the_reference_with_two_active_adapters() -> None:
     assert_close(perturbed(case, flat, step=1), by_hand(case, clean, all_noise(flat, step=1)))
 
 
-def test_accumulated_gradients_equal_the_reference_with_one_noise_per_slot() -> None:
-    case = unet_case()
+@pytest.mark.parametrize("denoiser", DENOISERS)
+def test_accumulated_gradients_equal_the_reference_with_one_noise_per_slot(denoiser: str) -> None:
+    case = DENOISERS[denoiser]()
     clean = copy.deepcopy(case.model)
     flat = FlatLora(case.model, sigma=SIGMA, schedule="constant")
     expected: dict[str, Tensor] = {}
@@ -221,9 +223,13 @@ def test_accumulated_gradients_equal_the_reference_with_one_noise_per_slot() -> 
     assert_close((zero, gradients(case.model)), (zero, expected))
 
 
-@pytest.mark.parametrize("targets", [(), ("conv1", "conv2", "to_q", "ff.net.2")], ids=["attention", "conv"])
-def test_gradients_are_the_same_with_gradient_checkpointing(targets: tuple[str, ...]) -> None:
-    case = unet_case(Adapter(targets=targets))
+@pytest.mark.parametrize(
+    ("denoiser", "targets"),
+    [("unet", ()), ("unet", ("conv1", "conv2", "to_q", "ff.net.2")), ("klein", ())],
+    ids=["unet attention", "unet conv", "klein"],
+)
+def test_gradients_are_the_same_with_gradient_checkpointing(denoiser: str, targets: tuple[str, ...]) -> None:
+    case = DENOISERS[denoiser](Adapter(targets=targets))
     case.model.train()
     flat = FlatLora(case.model, sigma=SIGMA, schedule="constant")
     expected = perturbed(case, flat, step=5, slot=1)
@@ -247,7 +253,7 @@ def test_gradients_are_the_same_with_either_kind_of_checkpointing(reentrant: boo
     assert_close(perturbed(case, flat, step=5), expected, tolerance=1e-6)
 
 
-@pytest.mark.parametrize("name", ["toy", "unet_conv"])
+@pytest.mark.parametrize("name", ["toy", "unet_conv", "klein"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_without_sigma_loss_and_gradients_are_bit_equal_to_plain_lora(name: str, dtype: torch.dtype) -> None:
     case = CASES[name](Adapter(dtype=dtype))

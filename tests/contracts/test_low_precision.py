@@ -53,6 +53,7 @@ def squared_distances(case: Case, low: tuple[Tensor, dict[str, Tensor]], exact: 
         ("toy", 8),
         pytest.param("clip", 8, marks=pytest.mark.long),
         pytest.param("unet", 3, marks=pytest.mark.long),
+        pytest.param("klein", 3, marks=pytest.mark.long),
     ],
 )
 def test_low_precision_is_no_further_from_fp32_than_plain_lora_is(name: str, models: int, precision: str) -> None:

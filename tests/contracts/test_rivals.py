@@ -11,7 +11,7 @@ from unittest.mock import Mock
 import pytest
 import torch
 from lora_by_hand import add_to_base, all_noise, distance, gradients, lora_layers, merged_weight
-from tiny_models import Case, loss_and_gradients, normal, toy_case, unet_case
+from tiny_models import DENOISERS, Case, loss_and_gradients, normal, toy_case
 from torch import Tensor, nn
 
 from flatlora_diffusion import FlatLora
@@ -81,7 +81,7 @@ def to_radius(slopes: dict[str, Tensor]) -> dict[str, Tensor]:
 
 CASES: dict[str, Callable[[], Case]] = {
     "linear and convolutions": toy_case,
-    "unet": unet_case,
+    **DENOISERS,
 }
 
 
@@ -126,8 +126,9 @@ def test_sam_shares_the_gradients_of_a_step_that_cannot_ascend(monkeypatch: pyte
     ]
 
 
-def test_sam_is_the_same_with_gradient_checkpointing() -> None:
-    case = unet_case()
+@pytest.mark.parametrize("denoiser", DENOISERS)
+def test_sam_is_the_same_with_gradient_checkpointing(denoiser: str) -> None:
+    case = DENOISERS[denoiser]()
     case.model.train()
     gradient = rival(case, "sam", rho=RHO)
     expected = taken(case, gradient)
@@ -177,7 +178,7 @@ def test_the_noise_of_a_step_is_drawn_once_for_all_its_micro_batches(monkeypatch
         torch.testing.assert_close(gradient, alone[name])
 
 
-@pytest.mark.parametrize("build", [toy_case, unet_case], ids=["toy", "unet"])
+@pytest.mark.parametrize("build", CASES.values(), ids=CASES)
 def test_bi_lora_takes_the_gradient_at_w_plus_the_adversarial_lora_clipped_to_rho(build: Any) -> None:
     case = build()
     clean = copy.deepcopy(case.model)
@@ -254,9 +255,10 @@ def test_a_detached_method_leaves_the_model_as_it_was(method: str) -> None:
     assert not any("forward" in layer.get_base_layer().__dict__ for layer in lora_layers(case.model).values())
 
 
+@pytest.mark.parametrize("denoiser", DENOISERS)
 @pytest.mark.parametrize("iterations", [0, 4], ids=["exact", "fast"])
-def test_pissa_starts_at_the_largest_directions_of_w_and_leaves_w(iterations: int) -> None:
-    case = unet_case()
+def test_pissa_starts_at_the_largest_directions_of_w_and_leaves_w(denoiser: str, iterations: int) -> None:
+    case = DENOISERS[denoiser]()
     before = bits(case.model)
     start_pissa(case.model, case.model.peft_config[ADAPTER], pissa(iterations), seed=0)
     for name, layer in lora_layers(case.model).items():
@@ -273,11 +275,12 @@ def test_pissa_starts_at_the_largest_directions_of_w_and_leaves_w(iterations: in
         assert not any(sides[ANCHOR].weight.requires_grad for sides in (layer.lora_A, layer.lora_B))
 
 
+@pytest.mark.parametrize("denoiser", DENOISERS)
 @pytest.mark.parametrize("adapter", ["pissa", "lora-ga"])
 def test_eps_of_pissa_has_the_filter_norms_of_the_merged_weight_and_the_gradient_of_the_reference(
-    adapter: str, draw: str
+    denoiser: str, adapter: str, draw: str
 ) -> None:
-    case = unet_case()
+    case = DENOISERS[denoiser]()
     if adapter == "pissa":
         start_pissa(case.model, case.model.peft_config[ADAPTER], pissa(4), seed=0)
     else:
@@ -299,8 +302,9 @@ def test_eps_of_pissa_has_the_filter_norms_of_the_merged_weight_and_the_gradient
     assert distance(result, by_hand) < 1e-4
 
 
-def test_lora_ga_starts_at_the_directions_of_the_gradients_and_keeps_the_output() -> None:
-    case = unet_case()
+@pytest.mark.parametrize("denoiser", DENOISERS)
+def test_lora_ga_starts_at_the_directions_of_the_gradients_and_keeps_the_output(denoiser: str) -> None:
+    case = DENOISERS[denoiser]()
     for layer in lora_layers(case.model).values():  # as a LoRA begins
         layer.lora_B[ADAPTER].weight.data.zero_()
     clean = copy.deepcopy(case.model)

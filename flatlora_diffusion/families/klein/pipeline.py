@@ -13,8 +13,10 @@ from torch import Tensor, nn
 
 from flatlora_diffusion.config import ConfigError, ModelConfig, ObjectiveConfig
 from flatlora_diffusion.families.base import Base
-from flatlora_diffusion.families.drawing import Drawing, ImageSettings
+from flatlora_diffusion.families.drawing import Drawing, ImageSettings, a1111_sampler
+from flatlora_diffusion.families.klein.drawing import TEXT_ENCODER_4B, TEXT_ENCODER_9B, KleinDrawing, has_workflow
 from flatlora_diffusion.families.klein.family import KleinFamily
+from flatlora_diffusion.families.klein.labels import KLEIN_9B
 from flatlora_diffusion.families.klein.latents import PATCH, from_tokens, vae_factor
 from flatlora_diffusion.families.klein.loading import LAYERS, load_pipeline
 from flatlora_diffusion.families.klein.objective import KleinObjective, noise_levels, objective_of
@@ -144,7 +146,20 @@ class Klein(Base):
     def describe_image(
         self, prompt: str, seed: int, settings: ImageSettings, base: str, loras: tuple[tuple[str, float], ...]
     ) -> Drawing | None:
-        return None  # A1111 does not know klein
+        if not has_workflow(self.pipeline):
+            return None
+        return KleinDrawing(
+            prompt=prompt,
+            negative_prompt=settings.negative_prompt or "",
+            seed=seed,
+            size=settings.resolution,
+            steps=self.steps_of(settings),
+            guidance=self.guidance_of(settings),
+            sampler=a1111_sampler(type(self.pipeline.scheduler).__name__),
+            base=base,
+            text_encoder=TEXT_ENCODER_9B if self.labels == KLEIN_9B else TEXT_ENCODER_4B,
+            loras=loras,
+        )
 
     def steps_of(self, settings: ImageSettings) -> int:
         if settings.steps is None and self.is_distilled:

@@ -7,16 +7,15 @@ equivalent there has none.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
+from flatlora_diffusion.families.comfyui import Kind, Nodes, page_of
 from flatlora_diffusion.families.drawing import NOISE_FROM, PARAMETERS, SAMPLERS, Drawing, a1111_text, escaped
 from flatlora_diffusion.storage.run_dir import A1111_TEXT, COMFYUI, COMFYUI_API
 
 _SPACINGS = {"leading": ("ddim_uniform", "DDIM"), "trailing": ("simple", "Simple"), "linspace": ("normal", "Normal")}
 _KARRAS = ("karras", "Karras")
-_COLUMN, _HEIGHT = 340, 280  # distance of nodes on the page, in pixels
 
 
 @dataclass(frozen=True)
@@ -62,32 +61,24 @@ class SdxlDrawing(Drawing):
         }
 
 
-class _Kind(NamedTuple):
-    """A ComfyUI node type: its linked inputs, its outputs, and its widgets in order."""
-
-    links: Mapping[str, str]
-    outputs: tuple[str, ...]
-    widgets: tuple[str, ...]
-
-
 _KINDS = {
-    "CheckpointLoaderSimple": _Kind({}, ("MODEL", "CLIP", "VAE"), ("ckpt_name",)),
-    "LoraLoader": _Kind(
+    "CheckpointLoaderSimple": Kind({}, ("MODEL", "CLIP", "VAE"), ("ckpt_name",)),
+    "LoraLoader": Kind(
         {"model": "MODEL", "clip": "CLIP"}, ("MODEL", "CLIP"), ("lora_name", "strength_model", "strength_clip")
     ),
-    "ModelSamplingDiscrete": _Kind({"model": "MODEL"}, ("MODEL",), ("sampling", "zsnr")),
-    "RescaleCFG": _Kind({"model": "MODEL"}, ("MODEL",), ("multiplier",)),
-    "CLIPSetLastLayer": _Kind({"clip": "CLIP"}, ("CLIP",), ("stop_at_clip_layer",)),
-    "CLIPTextEncode": _Kind({"clip": "CLIP"}, ("CONDITIONING",), ("text",)),
-    "ConditioningZeroOut": _Kind({"conditioning": "CONDITIONING"}, ("CONDITIONING",), ()),
-    "EmptyLatentImage": _Kind({}, ("LATENT",), ("width", "height", "batch_size")),
-    "KSampler": _Kind(
+    "ModelSamplingDiscrete": Kind({"model": "MODEL"}, ("MODEL",), ("sampling", "zsnr")),
+    "RescaleCFG": Kind({"model": "MODEL"}, ("MODEL",), ("multiplier",)),
+    "CLIPSetLastLayer": Kind({"clip": "CLIP"}, ("CLIP",), ("stop_at_clip_layer",)),
+    "CLIPTextEncode": Kind({"clip": "CLIP"}, ("CONDITIONING",), ("text",)),
+    "ConditioningZeroOut": Kind({"conditioning": "CONDITIONING"}, ("CONDITIONING",), ()),
+    "EmptyLatentImage": Kind({}, ("LATENT",), ("width", "height", "batch_size")),
+    "KSampler": Kind(
         {"model": "MODEL", "positive": "CONDITIONING", "negative": "CONDITIONING", "latent_image": "LATENT"},
         ("LATENT",),
         ("seed", "control_after_generate", "steps", "cfg", "sampler_name", "scheduler", "denoise"),
     ),
-    "VAEDecode": _Kind({"samples": "LATENT", "vae": "VAE"}, ("IMAGE",), ()),
-    "SaveImage": _Kind({"images": "IMAGE"}, (), ("filename_prefix",)),
+    "VAEDecode": Kind({"samples": "LATENT", "vae": "VAE"}, ("IMAGE",), ()),
+    "SaveImage": Kind({"images": "IMAGE"}, (), ("filename_prefix",)),
 }
 
 
@@ -116,13 +107,8 @@ def parameters_text(drawing: SdxlDrawing) -> str:
 
 def workflow_for_api(drawing: SdxlDrawing) -> dict[str, Any]:
     """Return the workflow in the format of ComfyUI's server: nodes by number, links as [node, output]."""
-    nodes: dict[str, Any] = {}
-
-    def add(kind: str, **inputs: Any) -> str:
-        number = str(len(nodes) + 1)
-        nodes[number] = {"class_type": kind, "inputs": inputs}
-        return number
-
+    nodes = Nodes()
+    add = nodes.add
     base = add("CheckpointLoaderSimple", ckpt_name=f"{drawing.base}.safetensors")
     model, clip = [base, 0], [base, 1]
     for name, strength in drawing.loras:
@@ -155,54 +141,9 @@ def workflow_for_api(drawing: SdxlDrawing) -> dict[str, Any]:
     )
     pixels = add("VAEDecode", samples=[sampled, 0], vae=[base, 2])
     add("SaveImage", filename_prefix=drawing.loras[0][0] if drawing.loras else drawing.base, images=[pixels, 0])
-    return nodes
+    return nodes.by_number
 
 
 def workflow_for_page(drawing: SdxlDrawing) -> dict[str, Any]:
     """Return the workflow in the format of ComfyUI's page, which loads it from a dropped file or image."""
-    api = workflow_for_api(drawing)
-    links = [
-        [int(node["inputs"][name][0]), node["inputs"][name][1], int(number), slot, kind]
-        for number, node in api.items()
-        for slot, (name, kind) in enumerate(_KINDS[node["class_type"]].links.items())
-    ]
-    return {
-        "last_node_id": len(api),
-        "last_link_id": len(links),
-        "nodes": [_on_page(int(number), node, links) for number, node in api.items()],
-        "links": [[number, *link] for number, link in enumerate(links, 1)],
-        "groups": [],
-        "config": {},
-        "extra": {},
-        "version": 0.4,
-    }
-
-
-def _on_page(number: int, node: dict[str, Any], links: list[list[Any]]) -> dict[str, Any]:
-    """Return a node with its position; links are numbered from 1."""
-    kind, values = _KINDS[node["class_type"]], {"control_after_generate": "fixed", **node["inputs"]}
-    incoming = {link[3]: index for index, link in enumerate(links, 1) if link[2] == number}
-    return {
-        "id": number,
-        "type": node["class_type"],
-        "pos": [_COLUMN * ((number - 1) // 2), _HEIGHT * ((number - 1) % 2)],
-        "size": [_COLUMN - 40, _HEIGHT - 60],
-        "flags": {},
-        "order": number - 1,
-        "mode": 0,
-        "inputs": [
-            {"name": name, "type": value, "link": incoming[slot]}
-            for slot, (name, value) in enumerate(kind.links.items())
-        ],
-        "outputs": [
-            {
-                "name": name,
-                "type": name,
-                "slot_index": slot,
-                "links": [index for index, link in enumerate(links, 1) if link[:2] == [number, slot]],
-            }
-            for slot, name in enumerate(kind.outputs)
-        ],
-        "properties": {"Node name for S&R": node["class_type"]},
-        "widgets_values": [values[name] for name in kind.widgets],
-    }
+    return page_of(workflow_for_api(drawing), _KINDS)

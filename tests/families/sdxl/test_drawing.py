@@ -203,6 +203,7 @@ def test_the_text_of_a1111() -> None:
     [
         ("stabilityai/stable-diffusion-xl-base-1.0", "sd_xl_base_1.0"),
         ("someone/my-sdxl", "my-sdxl"),
+        ("black-forest-labs/FLUX.2-klein-base-4B", "flux-2-klein-base-4b"),
         ("noob.safetensors", "noob"),
         (None, "BASE"),
     ],
