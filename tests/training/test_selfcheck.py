@@ -7,6 +7,8 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate import Accelerator
+from fp16_on_cpu import init_with_scaler
 from safetensors.torch import load_file
 from tiny_runs import samples_of, trained
 
@@ -21,7 +23,7 @@ from flatlora_diffusion.storage.run_dir import RunDir
 from flatlora_diffusion.training import selfcheck
 from flatlora_diffusion.training.gpu_check import CHECK_RHO_RISE, gpu_check_configs
 from flatlora_diffusion.training.micro_batches import micro_batches
-from flatlora_diffusion.training.selfcheck import hash_frozen_weights, noise_std, sigma_zero
+from flatlora_diffusion.training.selfcheck import Check, hash_frozen_weights, noise_std, sigma_zero
 from flatlora_diffusion.training.state import LossIncrease, prepare
 from flatlora_diffusion.training.trainer import train, train_step
 
@@ -155,19 +157,37 @@ def tiny_drill(base: Path) -> TrainConfig:
     )
 
 
-def test_the_doctor_trains_on_random_weights(tiny_drill: TrainConfig) -> None:
-    findings = list(doctor.gpu_check_findings(tiny_drill))
+@pytest.mark.parametrize("precision", ["no", "fp16"])
+def test_the_doctor_trains_on_random_weights(
+    tiny_drill: TrainConfig, monkeypatch: pytest.MonkeyPatch, precision: str
+) -> None:
+    monkeypatch.setattr(Accelerator, "__init__", init_with_scaler)
+    findings = list(doctor.gpu_check_findings(tiny_drill.replace(mixed_precision=precision)))
     assert [finding.level for finding in findings] == ["ok"] * len(WHATS), findings
     assert "s for a step" in findings[-1].fact
 
 
-@pytest.mark.parametrize("precision", ["no", "bf16"])
-def test_the_doctor_checks_that_sam_raises_the_loss(tiny_drill: TrainConfig, precision: str) -> None:
+@pytest.mark.parametrize("precision", ["no", "bf16", "fp16"])
+def test_the_doctor_checks_that_sam_raises_the_loss(
+    tiny_drill: TrainConfig, monkeypatch: pytest.MonkeyPatch, precision: str
+) -> None:
+    monkeypatch.setattr(Accelerator, "__init__", init_with_scaler)
     findings = list(
         doctor.gpu_check_findings(tiny_drill.replace(method="sam", rho_rise=CHECK_RHO_RISE, mixed_precision=precision))
     )
     assert [finding.level for finding in findings] == ["ok"] * 4, findings
     assert "to first order" in findings[0].fact
+
+
+@pytest.mark.parametrize(("name", "level"), [("base_weights", "problem"), ("cost", "note"), ("rise", "note")])
+def test_only_a_check_whose_failure_makes_trainings_wrong_is_a_problem(
+    tiny_drill: TrainConfig, monkeypatch: pytest.MonkeyPatch, name: str, level: str
+) -> None:
+    checks = [Check(name, False, "seen"), Check(name, True, "seen")]
+    monkeypatch.setattr("flatlora_diffusion.training.gpu_check.run_gpu_check", lambda config: checks)
+    failed, passed = doctor.gpu_check_findings(tiny_drill)
+    assert (failed.level, passed.level) == (level, "ok")
+    assert "report" in failed.remedy
 
 
 @pytest.mark.long
