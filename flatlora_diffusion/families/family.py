@@ -147,9 +147,8 @@ class Family(ABC):
     def check_settings(self, config: TrainConfig) -> None:
         """Raise ConfigError for settings that the family does not support."""
         if config.trains_text and not self.trains_text:
-            raise ConfigError(
-                f"--train_text_encoder and --train_text_encoder_ti are not supported on {self.name}; leave them out"
-            )
+            name = "train_text_encoder" if config.adapter.train_text_encoder else "train_text_encoder_ti"
+            raise ConfigError(f"--{name} is not supported on {self.name}; leave it out")
         self.check_sections(*vars(config).values())
 
     def check_sections(self, *sections: object) -> None:

@@ -124,6 +124,16 @@ def test_two_processes_equal_one_with_accumulation(
 
 
 @pytest.mark.long
+def test_two_processes_train_a_klein_as_one_does(arguments: list[str], klein: Path, tmp_path: Path) -> None:
+    of_sdxl = ("--pretrained", "--with_prior", "--class_data", "--num_class")
+    of_klein = [one for one in arguments if not one.startswith(of_sdxl)]
+    of_klein += [f"--pretrained_model_name_or_path={klein}", "--prior_from_base", "--gradient_checkpointing"]
+    said = together(of_klein, tmp_path / "two")
+    alone(of_klein, tmp_path / "one")
+    assert_same_run(tmp_path / "one", tmp_path / "two", said)
+
+
+@pytest.mark.long
 def test_two_processes_without_a_seed_draw_one_and_train_together(arguments: list[str], tmp_path: Path) -> None:
     """Text encoders too, with the prior that needs no class images, for which a step calls the model twice."""
     drawn = [one for one in arguments if not one.startswith(("--seed", "--with_prior", "--class_data"))]

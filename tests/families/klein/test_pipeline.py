@@ -175,13 +175,9 @@ def test_every_setting_without_a_meaning_is_refused_by_name(klein: Path) -> None
 
 
 def test_a_run_checks_its_settings_before_the_base_is_loaded(klein: Path) -> None:
-    config = TrainConfig.from_dict(
-        {
-            "pretrained_model_name_or_path": str(klein),
-            "train_text_encoder": True,
-        }
-    )
-    with pytest.raises(ConfigError, match="--train_text_encoder"):
-        check_before_loading(config)
+    for setting in ("train_text_encoder", "train_text_encoder_ti"):
+        config = TrainConfig.from_dict({"pretrained_model_name_or_path": str(klein), setting: True})
+        with pytest.raises(ConfigError, match=f"--{setting} "):
+            check_before_loading(config)
     with pytest.raises(ConfigError, match="--weighting_scheme"):
         family_of(ModelConfig()).check_settings(TrainConfig.from_dict({"weighting_scheme": "mode"}))
