@@ -109,7 +109,7 @@ def told(out: Path, base: Path, images: Path, is_stopped: bool = False) -> Story
     arguments = [
         *("--pretrained_model_name_or_path", str(base)),
         *("--instance_data_dir", str(images), "--heldout_dir", str(heldout)),
-        *("--output_dir", str(out), "--max_train_steps", "2", "--num_checkpoints", "2", "--train_batch_size", "1"),
+        *("--output_dir", str(out), "--max_train_steps", "1", "--num_checkpoints", "1", "--train_batch_size", "1"),
         *("--num_prompts", "1", "--pictures_per_prompt", "1", "--report_to", "none"),
         *("--sigma_schedule", "constant"),
     ]

@@ -54,7 +54,7 @@ def test_a_run_that_checks_itself_is_the_same_run(config: TrainConfig, tmp_path:
     "settings",
     [
         {"perturb_draw": "full"},
-        {"perturb_per": "step"},
+        pytest.param({"perturb_per": "step"}, marks=pytest.mark.long),
         {"perturb_noise": "iid"},
         {"use_dora": True},
         {"mixed_precision": "bf16", "lora_target_modules": "conv"},
