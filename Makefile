@@ -6,7 +6,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 WORKERS := --numprocesses logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
-LONGER := base_weights dora low_precision paper_analysis placement quantized rivals saved_tensors
+LONGER := base_weights dora low_precision paper_analysis placement quantized rivals saved_tensors waits
 CONTRACTS := tests/test_architecture.py tests/test_contributing.py tests/config tests/contracts tests/method \
 	$(LONGER:%=--ignore=tests/contracts/test_%.py)
 LINT := $(BIN)/ruff check --no-cache . && $(BIN)/ruff format --check . && $(BIN)/mypy

@@ -27,7 +27,7 @@ from benchmarks import record
 from benchmarks.turns import Step, compare
 from flatlora_diffusion import FlatLora
 from flatlora_diffusion.config import DrawKind
-from flatlora_diffusion.method.low_rank_draw import DRAW_RANK
+from flatlora_diffusion.method.draw import DRAW_RANK
 
 SIGMA, DRIFT_STEPS = 0.1, 500
 Arm = Literal["lora", "in place", "full", "low-rank"]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import re
+import statistics
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -119,6 +120,23 @@ def weight(found: dict[str, Any], part: str) -> float:
     return -found["parts"]["lora"].get(part, found["parts"]["full"].get(part, 0.0) - 1)
 
 
+def whole_run(figures: dict[str, Any]) -> str:
+    """Of `whole_run`: the processor's seconds and the peak of each program, and their ratio."""
+    lines = ["| base | steps | turns | ours, s | diffusers, s | ratio | ours, MiB | diffusers, MiB |"]
+    lines.append("|---|---|---|---|---|---|---|---|")
+    for subject, found in subjects(figures).items():
+        ours, script = (statistics.median(found["seconds"][arm]) for arm in ("ours", "diffusers"))
+        peaks = [f"{found['peak_bytes'][arm] / 2**20:.0f}" for arm in ("ours", "diffusers")]
+        cells = [subject, found["steps"], found["turns"], f"{ours:.1f}", f"{script:.1f}"]
+        lines.append(f"| {' | '.join(map(str, [*cells, format(found['ours / diffusers'], '.2f'), *peaks]))} |")
+    return "\n".join(lines)
+
+
+def whole_run_flags(figures: dict[str, Any]) -> dict[str, Any]:
+    steps = subjects(figures)["tiny base"]["steps"]
+    return {"script": "train_dreambooth_lora_sdxl.py", "steps": steps, **turn_flags(figures)}
+
+
 def subjects(figures: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in figures.items() if isinstance(value, dict) and "seconds" in value}
 
@@ -127,11 +145,13 @@ TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
     "train_step": steps,
     "sdxl_step": whole_step,
     "layer_cost": layers,
+    "whole_run": whole_run,
 }
 FLAGS: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
     "train_step": thread_flag,
     "sdxl_step": turn_flags,
     "layer_cost": thread_flag,
+    "whole_run": whole_run_flags,
 }
 
 

@@ -40,7 +40,7 @@ LIST = "known 200"
 SUBJECTS = ("lora", "average of 3", "Flat-LoRA 0.4", "SAM 0.125")
 ALONE, BESIDE = "as trained", "beside a LoRA of the other style"
 ALONE_IN_BOTH = "as trained, both styles"
-BITS = {"base in NF4": "nf4", "base in int8": "int8", "base in fp8": "fp8"}
+BITS = {"base in fp16": "fp16", "base in NF4": "nf4", "base in int8": "int8", "base in fp8": "fp8"}
 CUTS = {"cut to rank 2": 2, "cut to rank 1": 1}
 USES = (*BITS, *CUTS, BESIDE)
 

@@ -36,9 +36,8 @@ from flatlora_diffusion.config import AdapterConfig, ModelConfig
 from flatlora_diffusion.families.batch import Batch
 from flatlora_diffusion.families.sdxl.shapes import on_meta
 from flatlora_diffusion.method import noise
-from flatlora_diffusion.method.build import step_gradient
-from flatlora_diffusion.method.gradient import GradientInputs
-from flatlora_diffusion.method.low_rank_draw import DRAW_RANK, LowRankDraw
+from flatlora_diffusion.method.draw import DRAW_RANK, LowRankDraw
+from flatlora_diffusion.method.gradient import GradientInputs, step_gradient
 from flatlora_diffusion.method.row_norms import RowStdCache
 from flatlora_diffusion.training.state import Progress, TrainState
 

@@ -1,13 +1,13 @@
 """Is our LoRA step as fast as diffusers' own, and what does Flat-LoRA add? `python -m benchmarks.train_step`
 
 `plain` is the training step of diffusers' script written with the same libraries and none of our code, all other arms
-are our `train_step`: `lora`, and Flat-LoRA with each kind of draw, its norms taken in each step or in each tenth. Two
-subjects: the tiny base, with cached latents and batches of 4, and one transformer block of SDXL (1280 wide, 1,024
-tokens, cross-attention to 77 tokens of 2048). The arms take turns step by step in one process, so that a noisy machine
-hits all alike, and each goes first in turn. The figures are medians of the ratios within a turn. Peak memory is what
-one step allocates beyond what is there between steps: PyTorch's allocator as its profiler sees it, on CUDA as the
-allocator counts it. Launches are operators that work on numbers; those beyond LoRA's are given for each adapted layer.
-Writes benchmarks/train_step.json.
+are our `train_step`: `lora`, and Flat-LoRA with each kind of draw, its norms taken in each step or in each tenth.
+Three subjects: the tiny base, with cached latents and batches of 4; the same with the layers of the demo, its
+convolutions among them; and one transformer block of SDXL (1280 wide, 1,024 tokens, cross-attention to 77 tokens of
+2048). The arms take turns step by step in one process, so that a noisy machine hits all alike, and each goes first in
+turn. The figures are medians of the ratios within a turn. Peak memory is what one step allocates beyond what is there
+between steps: PyTorch's allocator as its profiler sees it, on CUDA as the allocator counts it. Launches are operators
+that work on numbers; those beyond LoRA's are given for each adapted layer. Writes benchmarks/train_step.json.
 
 With `--base FOLDER` the one subject is that base, as the other flags say; `benchmarks/gpu.sh` does so with SDXL.
 """
@@ -42,8 +42,7 @@ from flatlora_diffusion.families.batch import Batch
 from flatlora_diffusion.families.device import DTYPES
 from flatlora_diffusion.families.paths import base_path
 from flatlora_diffusion.families.sdxl.objective import SdxlObjective
-from flatlora_diffusion.method.build import step_gradient
-from flatlora_diffusion.method.gradient import GradientInputs
+from flatlora_diffusion.method.gradient import GradientInputs, step_gradient
 from flatlora_diffusion.storage.run_dir import RunDir
 from flatlora_diffusion.training.checkpoint import start_run
 from flatlora_diffusion.training.first_gradients import start_from_gradients
@@ -63,17 +62,17 @@ ARMS: dict[str, dict[str, Any]] = {
     "lora": {"method": "lora"},
     "full": {"perturb_draw": "full", "perturb_norm_every": 1},
     "full, norms every 10": {"perturb_draw": "full"},
-    # By the Triton kernel.
     "low-rank": {"perturb_norm_every": 1},
     "low-rank, norms every 10": {},
 }
+LOW_RANK = ("lora", "low-rank", "low-rank, norms every 10")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seconds", type=float, default=50, help="time to spend on each subject")
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--base", help="a folder in diffusers' format; without one, both subjects of the table")
+    parser.add_argument("--base", help="a folder in diffusers' format; without one, the subjects of the table")
     parser.add_argument("--batch", type=int, default=1, help="of --base")
     parser.add_argument("--resolution", type=int, help="of --base; default: its own")
     parser.add_argument("--mixed_precision", default="no", choices=("no", "fp16", "bf16"), help="of --base")
@@ -97,7 +96,12 @@ def main() -> None:
 def subjects(args: argparse.Namespace) -> dict[str, Callable[[str], tuple[dict[str, Step], int]]]:
     """What makes each subject's arms, and counts the layers that carry a LoRA."""
     if args.base is None:
-        return {"tiny base": partial(base_arms, {"train_batch_size": 4}), "SDXL block": block_arms}
+        tiny = {"train_batch_size": 4}
+        return {
+            "tiny base": partial(base_arms, tiny),
+            "tiny base, the demo's layers": partial(base_arms, {**tiny, "lora_target_modules": "conv"}, arms=LOW_RANK),
+            "SDXL block": block_arms,
+        }
     settings = {
         "pretrained_model_name_or_path": args.base,
         "train_batch_size": args.batch,
@@ -135,8 +139,8 @@ def base_arms(
     states = {arm: prepare(config.replace(**ARMS[arm]), samples) for arm in arms}
     steps = {arm: our_step(state) for arm, state in states.items()}
     layers = max(len(flat.layers) for state in states.values() for flat in state.flats)
-    if config.model.quantize_base is not None:
-        return steps, layers
+    if config.model.quantize_base is not None or config.adapter.lora_target_modules != "attn":
+        return steps, layers  # the plain step adapts plain attention layers
     return {"plain": plain_base_step(config, states["lora"].batches.batch(0, 0)), **steps}, layers
 
 

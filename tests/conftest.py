@@ -112,7 +112,7 @@ def sdxl(base: Path) -> Sdxl:
 
 
 @pytest.fixture
-def config(base: Path, icons: Path, tmp_path: Path) -> TrainConfig:
+def config(base: Path, icons: Path, tmp_path: Path, short_drawings: None) -> TrainConfig:
     """A run of three steps on `icons`."""
     from flatlora_diffusion.config import TrainConfig
 
@@ -130,6 +130,12 @@ def config(base: Path, icons: Path, tmp_path: Path) -> TrainConfig:
             "seed": 3,
         }
     )
+
+
+@pytest.fixture
+def short_drawings(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pictures of SDXL take 2 steps in place of 25, unless a test asks for another number."""
+    monkeypatch.setattr("flatlora_diffusion.families.sdxl.family.SdxlFamily.steps", 2)
 
 
 @pytest.fixture

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -73,11 +74,22 @@ def deltas(pipeline: Any) -> dict[str, Tensor]:
     }
 
 
+@lru_cache(maxsize=1)
+def _stock(base: Path) -> Any:
+    return StableDiffusionXLPipeline.from_pretrained(base)
+
+
 def as_diffusers_loads(base: Path, file: Path) -> dict[str, Tensor]:
     """What a stock pipeline adds to each weight with this file."""
-    pipeline: Any = StableDiffusionXLPipeline.from_pretrained(base)
-    pipeline.load_lora_weights(str(file.parent), weight_name=file.name)
-    return deltas(pipeline)
+    pipeline = _stock(base)
+    try:
+        pipeline.load_lora_weights(str(file.parent), weight_name=file.name)
+        loaded = deltas(pipeline)
+        pipeline.unload_lora_weights()
+    except Exception:
+        _stock.cache_clear()  # a part of the file may be loaded
+        raise
+    return loaded
 
 
 def sgm(module: str) -> str:

@@ -18,8 +18,7 @@ from ..runs.names import IMPORTED
 from ..runs.runs import Run
 from ..uploads.captions import TRIGGER, trigger_of_captions, with_trigger
 from ..widgets.run_cards import method_name
-from .base_identity import base_identity
-from .picture_cache import Drawing, Picture, base_arguments
+from .picture_cache import Drawing, Picture, base_arguments, base_identity
 
 MAX_PICTURES = 400
 MIN_PAIRS = 8  # for a blind vote: of fewer, hardly any outcome says anything

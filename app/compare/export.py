@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import base64
 import hashlib
-import io
 from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
@@ -15,8 +13,8 @@ from flatlora_diffusion.gallery.grid import labelled_grid
 from flatlora_diffusion.storage.atomic_io import atomic_write, write_text
 
 from ..process.file_cache import file_hash
-from ..runs.base_names import base_name
-from ..widgets.static_files import read_static
+from ..widgets.html import data_url, read_static
+from ..widgets.run_cards import base_name
 from .comparison import Comparison, GridRow
 from .grid import AMPLIFIED, difference_titles, enlarged
 from .picture_cache import PRECISIONS, Picture
@@ -48,6 +46,7 @@ def save_page(comparison: Comparison, drawn: Mapping[Picture, Path], reference: 
     if path.is_file():
         return path
     titles = difference_titles(comparison, reference)
+    compared = " and ".join(dict.fromkeys(title for title, _ in comparison.titles[1:]))
     columns = '<colgroup><col class="label">' + "<col>" * len(titles) + "</colgroup>"
     heads = "".join(f"<th>{escape(title)}<small>{escape(name)}</small></th>" for title, name in titles)
     rows = "".join(_row(row, titles, drawn, reference) for row in comparison.rows())
@@ -57,7 +56,7 @@ def save_page(comparison: Comparison, drawn: Mapping[Picture, Path], reference: 
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         '<meta http-equiv="Content-Security-Policy" content="default-src \'none\'; img-src data:; '
         "style-src 'unsafe-inline'\"><title>Comparison</title>"
-        f"<style>{_STYLE}</style></head><body><h1>{escape(_title(comparison))}</h1>{facts}"
+        f"<style>{_STYLE}</style></head><body><h1>{escape(compared)}, beside the base</h1>{facts}"
         f"<table>{columns}<thead><tr><th></th>{heads}</tr></thead><tbody>{rows}</tbody></table></body></html>\n"
     )
     folder.mkdir(parents=True, exist_ok=True)
@@ -73,10 +72,6 @@ def difference(image: Image.Image, other: Image.Image) -> Image.Image:
 def _key(comparison: Comparison, reference: int | None) -> str:
     rows = [(row.label, [one.key for one in row.pictures]) for row in comparison.rows()]
     return hashlib.sha256(repr([comparison.titles, rows, reference, _STYLE]).encode()).hexdigest()[:12]
-
-
-def _title(comparison: Comparison) -> str:
-    return " and ".join(dict.fromkeys(title for title, _ in comparison.titles[1:])) + ", beside the base"
 
 
 def _caption(comparison: Comparison, reference: int | None) -> str:
@@ -96,21 +91,11 @@ def _facts(comparison: Comparison) -> list[str]:
 
 
 def _row(row: GridRow, titles: Sequence[tuple[str, str]], drawn: Mapping[Picture, Path], reference: int | None) -> str:
-    cells = "".join(
-        f'<td><img src="{_data_url(image)}" alt="{escape(f"{title}, {name}: {row.label}")}"></td>'
-        for image, (title, name) in zip(_images(row, drawn, reference), titles, strict=True)
-    )
+    cells = ""
+    for image, (title, name) in zip(_images(row, drawn, reference), titles, strict=True):
+        url = data_url(image, "PNG" if max(image.size) <= _SMALL else "WEBP", quality=90)
+        cells += f'<td><img src="{url}" alt="{escape(f"{title}, {name}: {row.label}")}"></td>'
     return f"<tr><th>{escape(row.label)}</th>{cells}</tr>"
-
-
-def _data_url(image: Image.Image) -> str:
-    packed, is_small = io.BytesIO(), max(image.size) <= _SMALL
-    if is_small:
-        image.save(packed, "PNG")
-    else:
-        image.save(packed, "WEBP", quality=90)
-    kind = "png" if is_small else "webp"
-    return f"data:image/{kind};base64,{base64.b64encode(packed.getvalue()).decode()}"
 
 
 def _images(row: GridRow, drawn: Mapping[Picture, Path], reference: int | None) -> list[Image.Image]:

@@ -6,9 +6,8 @@ from collections.abc import Mapping
 from html import escape
 from pathlib import Path
 
-from ..runs.base_names import base_name
-from ..widgets.html import file_url
-from ..widgets.static_files import read_static
+from ..widgets.html import file_url, read_static
+from ..widgets.run_cards import base_name
 from ..widgets.theme import COLOURS, NO_METHOD
 from .comparison import Comparison, GridRow
 from .picture_cache import Picture

@@ -11,9 +11,11 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub import try_to_load_from_cache
 from PIL import Image
 
 from flatlora_diffusion.config import ModelConfig
+from flatlora_diffusion.families.paths import base_path
 from flatlora_diffusion.gallery.png_text import SETTINGS
 
 from ..process.database import Job
@@ -22,6 +24,10 @@ from ..queue.queue import JobQueue
 
 _IDENTITY = "base_identity"
 PRECISIONS = {"no": "fp32", "fp16": "fp16", "bf16": "bf16"}  # of the computing, and what each is called
+_MODELS = ("--pretrained_model_name_or_path", "--pretrained_vae_model_name_or_path")
+_REVISION = "--revision"
+_READ = ("*.safetensors", "*.json", "*.bin")
+_SAMPLE_BYTES = 2**16  # from both ends of each file, as all of SDXL would take minutes
 
 
 @dataclass(frozen=True)
@@ -240,3 +246,37 @@ def _read(path: Path, drawing: Drawing) -> Picture | None:
         return None
     used = [(lora["sha256"], lora["strength"]) for lora in values["lora"] if lora["strength"]]
     return Picture(drawing, values["prompt"], values["seed"], *(used[0] if used else ()))
+
+
+def base_identity(arguments: Sequence[str]) -> str:
+    """The hash of the base and VAE that a list of `--flag value` names; it changes with the files at their paths."""
+    digest = hashlib.sha256()
+    for flag in _MODELS:
+        if flag in arguments:
+            name = arguments[arguments.index(flag) + 1]
+            revision = arguments[arguments.index(_REVISION) + 1] if _REVISION in arguments else None
+            digest.update(f"{flag} {_identity(base_path(name), revision)}\n".encode())
+    return digest.hexdigest()[:16]
+
+
+def _identity(name: str, revision: str | None) -> str:
+    """The contents of a folder or file; for a hub id, its commit in the local cache."""
+    path = Path(name)
+    if path.exists():
+        files = [path] if path.is_file() else sorted(file for pattern in _READ for file in path.rglob(pattern))
+        return _sampled(tuple((str(file), (at := file.stat()).st_size, at.st_mtime_ns) for file in files))
+    found = try_to_load_from_cache(name, "model_index.json", revision=revision) if name.count("/") == 1 else None
+    commit = Path(found).parent.name if isinstance(found, str) else revision
+    return f"{name}@{commit}"
+
+
+@lru_cache(maxsize=64)
+def _sampled(files: tuple[tuple[str, int, int], ...]) -> str:
+    """The hash of sizes, beginnings and ends; read again only when a file has changed."""
+    digest = hashlib.sha256()
+    for name, size, _ in files:
+        with open(name, "rb") as file:
+            digest.update(f"{size}\n".encode() + file.read(_SAMPLE_BYTES))
+            file.seek(max(0, size - _SAMPLE_BYTES))
+            digest.update(file.read())
+    return digest.hexdigest()

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import base64
-import io
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -15,9 +13,8 @@ from PIL import Image
 from flatlora_diffusion.config import ConfigError
 
 from ..process.database import Choice
-from ..widgets.html import empty_page, file_url
+from ..widgets.html import data_url, empty_page, file_url, read_static
 from ..widgets.messages import answer_card, note
-from ..widgets.static_files import read_static
 from .blind_vote import BlindPair, answers_of, shuffled_pairs, tally, verdict
 from .picture_cache import Picture
 from .view import CompareView, Form
@@ -156,7 +153,5 @@ def _told_pair(pair: BlindPair, ballot: Ballot, answers: Mapping[str, Choice], f
 @lru_cache(maxsize=64)
 def _unnamed(path: Path) -> str:
     """The pixels alone as a data URL, since a file's name and metadata would reveal its LoRA."""
-    packed = io.BytesIO()
     with Image.open(path) as image:
-        image.convert("RGB").save(packed, "PNG")
-    return "data:image/png;base64," + base64.b64encode(packed.getvalue()).decode()
+        return data_url(image.convert("RGB"), "PNG")

@@ -1,15 +1,48 @@
-"""The Dataset tab's handlers for captions and the trigger word."""
+"""The Dataset tab's handlers for captions: by file names, models or an edit to all at once, and the trigger word."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 
-from flatlora_diffusion.config import ConfigError
+from huggingface_hub import constants, scan_cache_dir
+from huggingface_hub.errors import CacheNotFound
+
+from flatlora_diffusion.config import CAPTION_WRITERS, ConfigError
+from flatlora_diffusion.evaluation.tagger import MODEL_FILE, TAGS_FILE
 
 from ..context import AppContext
-from ..uploads.captions import captions_from_names, with_trigger
+from ..process.json_file import read_json
+from ..uploads.captions import captions_from_names, has_trigger, with_trigger
 from ..widgets.messages import note, show_errors
 from .view import fill_captions
+
+REPLACE, FRONT, END, REMOVE = "Search and replace", "Put in front", "Put at the end", "Remove a word"
+CHANGES = (REPLACE, FRONT, END, REMOVE)
+
+
+def installed_captioners(folders: Sequence[Path]) -> list[str]:
+    """Captioning models in the Hugging Face cache, smallest first, then those in `folders`."""
+    there = [place for folder in folders for place in (folder, *sorted(folder.glob("*/")))]
+    return [*_cached(), *(place.as_posix() for place in there if _is_captioner(place))]
+
+
+def _cached() -> list[str]:
+    try:
+        repos = scan_cache_dir(constants.HF_HUB_CACHE).repos
+    except (CacheNotFound, OSError, ValueError):  # ValueError: a file where the folder should be
+        return []
+    found = [repo for repo in repos if any(_is_captioner(one.snapshot_path) for one in repo.revisions)]
+    return [repo.repo_id for repo in sorted(found, key=lambda repo: repo.size_on_disk)]
+
+
+def _is_captioner(folder: Path) -> bool:
+    if (folder / TAGS_FILE).is_file():
+        return (folder / MODEL_FILE).is_file()
+    architectures = read_json(folder / "config.json").get("architectures")
+    is_writer = isinstance(architectures, list) and any(kind in architectures for kind in CAPTION_WRITERS.values())
+    return is_writer and any(folder.glob("*.safetensors"))
 
 
 def count_captions(context: AppContext, session: str) -> str:
@@ -78,3 +111,50 @@ def use_trigger(prompt: str, trigger: str, used: str) -> tuple[str, str]:
     """(the preview prompt with the trigger word, the word in it); `used`: the word in it before."""
     new = trigger.strip() or used
     return with_trigger(prompt, used, new), new
+
+
+def change_all(context: AppContext, session: str, how: str, text: str, by: str) -> str:
+    """Change all captions of a session as `changed_captions` does; says how many were."""
+    with show_errors():
+        present = context.uploads.captions(session) if session else {}
+        if not present:
+            raise ConfigError("there are no images whose captions could be changed; drop some first")
+        changed = changed_captions(present, how, text, by)
+        context.uploads.save_captions(session, changed)
+    return note(f"{len(changed)} of {len(present)} captions changed; Undo reverts this")
+
+
+def changed_captions(captions: Mapping[str, str], how: str, text: str, by: str) -> dict[str, str]:
+    """The captions that an edit changes, by image. A text is only added where the caption lacks it.
+
+    Args:
+        by: the replacement of `text` for REPLACE.
+
+    Raises ConfigError without a text.
+    """
+    if not text.strip():
+        raise ConfigError("the text is empty; write a text to search for or to insert")
+    made = {
+        name: _changed(caption, how, text if how == REPLACE else text.strip(), by)
+        for name, caption in captions.items()
+    }
+    return {name: caption for name, caption in made.items() if caption != captions[name]}
+
+
+def _changed(caption: str, how: str, text: str, by: str) -> str:
+    if how == REPLACE:
+        return caption.replace(text, by)
+    if how == REMOVE:
+        without = re.sub(rf"(?<!\w){re.escape(text)}(?!\w)", "", caption, flags=re.IGNORECASE)
+        return _tidy(without) if without != caption else caption
+    if has_trigger(caption, text):
+        return caption
+    parts = (text, caption) if how == FRONT else (caption, text)
+    return " ".join(part for part in parts if part)
+
+
+def _tidy(caption: str) -> str:
+    """Remove double spaces and stray commas that a removed word leaves."""
+    caption = re.sub(r"\s+", " ", caption)
+    caption = re.sub(r"\s*,(\s*,)+", ",", caption)
+    return re.sub(r"\s+,", ",", caption).strip(" ,")

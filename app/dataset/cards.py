@@ -6,8 +6,6 @@ browser may have changed it. The browser's part is `static/image_cards.js`.
 
 from __future__ import annotations
 
-import base64
-import io
 import re
 import threading
 import time
@@ -16,14 +14,12 @@ from functools import wraps
 from html import escape
 from typing import Any
 
-from PIL import Image
-
 from flatlora_diffusion.data.images import load_image
 
 from ..context import AppContext
 from ..errors import describe_error, is_user_error
 from ..uploads.save_upload import MAX_CAPTION_LENGTH
-from ..widgets.static_files import read_static
+from ..widgets.html import data_url, read_static
 from .view import Card, DatasetView
 
 _CardFunction = Callable[[dict[str, Any]], dict[str, Any]]
@@ -108,10 +104,3 @@ def _card(card: Card) -> str:
 def _breakable(name: str) -> str:
     """A file's name as HTML that is broken after `-`, `_` and the like and before its suffix, if it has to be."""
     return "<wbr>".join(map(escape, re.split(r"(?<=[-_+,])|(?=\.\w+$)", name)))
-
-
-def data_url(picture: Image.Image) -> str:
-    """The picture in the page itself: the uploads are private, and no address serves them."""
-    packed = io.BytesIO()
-    picture.save(packed, "WEBP", quality=85)
-    return f"data:image/webp;base64,{base64.b64encode(packed.getvalue()).decode()}"

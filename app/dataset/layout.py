@@ -12,11 +12,10 @@ from ..forms.forms import PLACED_WITH_THE_IMAGES, ConfigForm
 from ..uploads.captions import TRIGGER
 from ..widgets.confirm import Confirmation, build_confirmation
 from ..widgets.messages import note
-from .bulk import CHANGES, REPLACE
-from .captioners import installed_captioners
+from .captioning import CHANGES, REPLACE, installed_captioners
 from .cards import CARDS_CSS, CARDS_SCRIPT, card_functions
-from .removal import RESTORE_REMOVED
 
+RESTORE_REMOVED = "Bring back the images from before"
 _CAPTIONER_HERE = "found on this computer; only images without a caption get one"
 _NO_CAPTIONER = (
     "none is on this computer yet: give its folder, or its name on the Hugging Face hub. A BLIP or Florence-2 model, "

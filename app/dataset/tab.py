@@ -22,13 +22,20 @@ from ..uploads.captions import TRIGGER, has_trigger
 from ..uploads.save_upload import UploadResult
 from ..widgets.browser_memory import remember_fields
 from ..widgets.confirm import confirm_before
+from ..widgets.html import read_static
 from ..widgets.messages import note, show_errors
-from ..widgets.static_files import read_static
-from .bulk import REPLACE, change_all
-from .captioning import caption_all, caption_by_model, count_captions, empty_captions, undo_captions, use_trigger
+from .captioning import (
+    REPLACE,
+    caption_all,
+    caption_by_model,
+    change_all,
+    count_captions,
+    empty_captions,
+    undo_captions,
+    use_trigger,
+)
 from .cards import cards_page
 from .layout import Bulk, Intake, Pictures, build_intake, build_pictures
-from .removal import remove_all, restore_removed
 from .thumbnails import Thumbnails
 from .view import framing, load_view
 
@@ -104,6 +111,20 @@ def prefer_upload(saved_count: int, rejected: str, folder: str, dataset: str) ->
         return gr.skip(), gr.skip(), gr.skip()
     text = "They will be trained on, in place of the image folder or data set that was set on the Train tab."
     return rejected + note(f"<b>{saved_count} new images.</b> {text}"), "", ""
+
+
+def remove_all(context: AppContext, session: str) -> str:
+    """Remove all images; also clears the rejections of the last upload."""
+    if session:
+        context.uploads.clear(session)
+    return ""
+
+
+def restore_removed(context: AppContext, session: str) -> str:
+    """Swap the images with those removed or replaced last; also clears the rejections of the last upload."""
+    with show_errors():
+        context.uploads.restore_removed(session)
+    return ""
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from flatlora_diffusion.config import ConfigError
 
 from ..context import AppContext
 from ..widgets.confirm import build_confirmation, confirm_before
-from ..widgets.static_files import read_static
+from ..widgets.html import read_static
 from ..widgets.status import STATUS_CSS, error_line
 from ..widgets.ticks import fingerprint_of, skip_unchanged
 from .view import QUICK, THOROUGH, FlatnessView

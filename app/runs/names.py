@@ -28,14 +28,6 @@ def folder_of(root: Path, run_id: str) -> Path:
     return folder
 
 
-def is_valid_part(name: str) -> bool:
-    """Whether a folder of this name may be a run.
-
-    Control and format characters are not allowed, as they make different names look alike.
-    """
-    return name.isprintable() and _PART.fullmatch(name) is not None
-
-
 def checked_text(what: str, text: str, most: int = MAX_NAME_LENGTH) -> str:
     """`text` without blanks around it. Raises ConfigError when it is too long or cannot be seen as it is."""
     text = text.strip()
@@ -101,7 +93,8 @@ def _is_inside(root: Path, folder: Path) -> bool:
 def _is_id(text: str) -> bool:
     parts = text.split("/")
     is_short = len(parts) <= _MAX_DEPTH and len(private_name(text).encode(errors="replace")) <= _MAX_ID_BYTES
-    return is_short and all(map(is_valid_part, parts))
+    # Control and format characters make different names look alike.
+    return is_short and all(part.isprintable() and _PART.fullmatch(part) for part in parts)
 
 
 def _folders(folder: Path) -> list[Path]:

@@ -9,8 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from flatlora_diffusion.storage.events import apply_event
-from flatlora_diffusion.storage.run_dir import RunDir
+from flatlora_diffusion.storage.run_dir import RunDir, apply_event
 
 RECENT_STEPS = 50
 

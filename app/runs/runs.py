@@ -20,11 +20,10 @@ from ..process.json_file import read_json
 from ..process.launch import LOG_LINES, Launch
 from ..process.processes import Trainers
 from .names import checked_text, folder_of, is_run
-from .phase import phase_of
 from .progress import EventLog, Progress
 from .run_config import checked_config, with_relative_paths
 from .run_paths import Fingerprint, RunPaths
-from .state import RunFiles, RunState, parts_of, run_state
+from .state import RunFiles, RunState, parts_of, phase_of, run_state
 from .trash import Trash
 
 _RESUMABLE: tuple[RunState, ...] = ("stopped", "failed", "interrupted")

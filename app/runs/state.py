@@ -1,8 +1,10 @@
-"""The state of a run, from its files and processes only, and advice to the user."""
+"""The state and phase of a run, from its files, log and processes only, and advice to the user."""
 
 from __future__ import annotations
 
+import re
 import signal
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -17,6 +19,21 @@ RunState = Literal["queued", "running", "finished", "failed", "stopped", "interr
 
 _KILLED = -9
 _NO_LORA = "The training ended well, but its LoRA file is gone from the run folder. Restore it or train again."
+LOADING = "loading the base model"
+CACHING = "encoding images and captions"
+PREVIEWS = "drawing the previews of the base"
+TRAINING = "training"
+ENDING = "drawing the last previews and saving the LoRA"
+STOPPING = "stopping after this step; it can be resumed"
+SAVING = "saving a checkpoint after this step"
+FOLDS = "finding the number of steps: fold {} of {}"
+MEMBERS = "training member {} of {}"
+# The trainer's line as each begins.
+_IN_PART = {
+    FOLDS: re.compile(r"fold (\d+) of (\d+): trains on"),
+    MEMBERS: re.compile(r"member (\d+) of (\d+): trains with"),
+}
+_HAS_LOADED = re.compile(r"the base is ")  # the trainer's line once the base's weights are there
 
 
 @dataclass(frozen=True)
@@ -122,3 +139,32 @@ def _signal_name(number: int) -> str:
         return signal.Signals(number).name
     except ValueError:
         return str(number)
+
+
+def phase_of(run: RunDir, launch: Launch | None, progress: Progress, has_previews: bool) -> str:
+    """The phase of a running run, in words; `has_previews`: whether its settings ask for previews."""
+    if run.stop_file.exists() or (launch is not None and launch.stop_file.exists()):
+        return STOPPING
+    if not progress.has_begun or _has_old_events(run, launch):
+        return _beginning([] if launch is None else launch.log(200))
+    if progress.step == 0 and has_previews and not progress.has_drawn:
+        return PREVIEWS
+    if progress.total and progress.step >= progress.total:
+        return ENDING
+    return SAVING if run.save_file.exists() else TRAINING
+
+
+def _beginning(log: Sequence[str]) -> str:
+    """The phase before the first step."""
+    for phase, begins in _IN_PART.items():
+        parts = [part for line in log if (part := begins.match(line))]
+        if parts:
+            return phase.format(*parts[-1].groups())
+    return CACHING if any(map(_HAS_LOADED.match, log)) else LOADING
+
+
+def _has_old_events(run: RunDir, launch: Launch | None) -> bool:
+    """Whether all events of the run are from an earlier start that this one resumes."""
+    if launch is None or not run.events_file.exists() or not launch.command_file.exists():
+        return False
+    return run.events_file.stat().st_mtime < launch.command_file.stat().st_mtime

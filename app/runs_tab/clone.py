@@ -12,7 +12,7 @@ from flatlora_diffusion.storage.atomic_io import file_sha256
 from flatlora_diffusion.storage.run_dir import RunDir
 
 from ..context import AppContext
-from ..dataset.removal import RESTORE_REMOVED
+from ..dataset.layout import RESTORE_REMOVED
 from ..runs.names import IMPORTED
 from ..runs.runs import Run
 

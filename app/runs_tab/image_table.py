@@ -29,14 +29,12 @@ from flatlora_diffusion.storage.formatting import figure
 from flatlora_diffusion.storage.run_dir import RunDir
 
 from ..context import AppContext
-from ..dataset.cards import data_url
 from ..dataset.thumbnails import Thumbnails
 from ..forms.labels import LABELS
 from ..runs.runs import Run
-from ..widgets.html import empty_page
+from ..widgets.html import data_url, empty_page, read_static
 from ..widgets.messages import show_errors
 from ..widgets.run_cards import method_name
-from ..widgets.static_files import read_static
 from ..widgets.theme import COLOURS, NO_METHOD
 
 TABLE_CSS = read_static("empty.css", "image_table.css")

@@ -13,8 +13,8 @@ from flatlora_diffusion.config import ConfigError
 
 from ..context import AppContext
 from ..runs.reports import experiment_name, report_frame, report_of
+from ..widgets.html import read_static
 from ..widgets.messages import show_errors
-from ..widgets.static_files import read_static
 
 REPORT_CSS = read_static("report.css")
 

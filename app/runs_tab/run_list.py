@@ -12,13 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from ..context import AppContext
-from ..runs.base_names import base_name
 from ..runs.names import IMPORTED
 from ..runs.reports import arm_picture
 from ..runs.runs import Run
-from ..widgets.html import empty_page, file_url
-from ..widgets.run_cards import method_name
-from ..widgets.static_files import read_static
+from ..widgets.html import empty_page, file_url, read_static
+from ..widgets.run_cards import base_name, method_name
 from ..widgets.theme import COLOURS, NO_METHOD
 
 NEWEST, BY_NAME, BY_SCORE, BY_SIZE, GROUPED = "Newest first", "By name", "Best score first", "Largest first", "Grouped"

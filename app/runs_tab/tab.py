@@ -19,11 +19,10 @@ from ..forms.forms import ConfigForm
 from ..runs.lora_import import Origin, import_lora_file, known_bases, origin_of
 from ..train.tab import TrainTab
 from ..widgets.confirm import Confirmation, build_confirmation, confirm_before
-from ..widgets.loss_chart import CHART_CSS
+from ..widgets.loss_chart import CHART_CSS, loss_curves
 from ..widgets.messages import note, show_errors
 from ..widgets.run_cards import run_card
-from ..widgets.run_charts import loss_curves, samples
-from ..widgets.sample_strip import STRIP_CSS, STRIP_SCRIPT
+from ..widgets.sample_strip import STRIP_CSS, STRIP_SCRIPT, samples
 from ..widgets.status import STATUS_CSS, error_line, status_line
 from .clone import clone_run
 from .image_table import build_image_table, connect_image_table

@@ -14,8 +14,10 @@ from flatlora_diffusion.data import epochs
 from flatlora_diffusion.storage.run_dir import RunDir
 from flatlora_diffusion.storage.saved_config import portable
 
+from ..context import AppContext
 from ..process.json_file import read_json
 from ..runs.runs import RunStore
+from ..widgets.messages import note
 
 if TYPE_CHECKING:
     from flatlora_diffusion.memory.estimate import MemoryEstimate
@@ -122,3 +124,28 @@ def _is_as_fast(saved: dict[str, Any], wanted: dict[str, Any]) -> bool:
     """A resolution that is left open is the base's own, which the saved run has found."""
     is_same_size = wanted["resolution"] in (None, saved.get("resolution"))
     return is_same_size and all(wanted[name] == saved.get(name) for name in _SPEED_SETTINGS)
+
+
+def disk_estimate(context: AppContext, config: TrainConfig, images: int, arms: int) -> DiskEstimate | None:
+    """The disk space of `arms` trainings on `images` images (0: unknown); None for settings that fit no base."""
+    memory = memory_of(config)
+    return None if memory is None else estimate_disk(config, images or 1, context.runs.folder, arms)
+
+
+def disk_line(disk: DiskEstimate) -> str:
+    """HTML; red without enough room."""
+    message = f"disk: {_size(disk.needed)}, {_size(disk.free)} free"
+    return f"{message} (enough room)" if disk.is_enough else f'<b class="fl-bad">{message} (NOT ENOUGH ROOM)</b>'
+
+
+def disk_full_notice(disk: DiskEstimate) -> str:
+    """The reason why a training was not started."""
+    return note(
+        f"<b>Not started.</b> It would write about {_size(disk.needed)}, and {_size(disk.free)} are free on the disk "
+        "with the runs. It fails at the first checkpoint that finds no room. Free some, or start it anyway.",
+        "fl-bad",
+    )
+
+
+def _size(count: int) -> str:
+    return f"{count / 2**20:,.0f} MiB" if count < 10 * 2**30 else f"{count / 2**30:,.0f} GiB"

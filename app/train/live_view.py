@@ -12,10 +12,11 @@ from flatlora_diffusion.config import ConfigError
 
 from ..context import AppContext
 from ..process.database import Job
-from ..runs.phase import STOPPING
 from ..runs.runs import Run
+from ..runs.state import STOPPING
+from ..widgets.loss_chart import loss_curves
 from ..widgets.run_cards import CANCEL, EARLIER, RESUME, SAVE, STOP, run_card, training_lines, waiting_card
-from ..widgets.run_charts import loss_curves, samples
+from ..widgets.sample_strip import samples
 
 LOG_LINES = 40
 _LOG_LINES_READ = 400  # so that enough is left when the noise is out
@@ -33,11 +34,6 @@ def recent_runs(context: AppContext) -> list[Run]:
         with suppress(ConfigError):
             found.append(context.runs.get(run_id))
     return found
-
-
-def log_tail(context: AppContext, run_id: str) -> str:
-    """The last LOG_LINES lines that the training itself has printed."""
-    return "\n".join(training_lines(context.runs.log(run_id, _LOG_LINES_READ))[-LOG_LINES:])
 
 
 class Seen(NamedTuple):
@@ -81,10 +77,11 @@ def live(context: AppContext, chosen: str | None, seen: Seen | None) -> LiveOutp
     at_work = run_at_work(runs)
     chosen = chosen if chosen in ids and seen is not None and at_work == seen.at_work else at_work
     waiting = context.queue.jobs("queued")
+    lines = training_lines(context.runs.log(chosen, _LOG_LINES_READ)) if chosen else []
     now = Seen(
         drawn=f"{chosen} {[(run.id, run.name, run.progress.step, run.state) for run in runs]}",
         sampled=f"{[(run.id, run.name, context.runs.events(run.id).previews()) for run in runs]}",
-        log=log_tail(context, chosen) if chosen else "",
+        log="\n".join(lines[-LOG_LINES:]),
         cards=live_cards(runs, waiting) or NOTHING,
         at_work=at_work,
     )

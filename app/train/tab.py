@@ -24,16 +24,15 @@ from ..process.database import Job
 from ..runs.names import checked_text
 from ..widgets.browser_memory import remember_fields
 from ..widgets.confirm import Confirmation, build_confirmation, confirm_after, confirm_before
+from ..widgets.html import read_static
 from ..widgets.loss_chart import CHART_CSS
 from ..widgets.messages import show_errors
 from ..widgets.run_cards import CARDS_CSS, CARDS_SCRIPT, duration
 from ..widgets.sample_strip import STRIP_CSS, STRIP_SCRIPT
-from ..widgets.static_files import read_static
 from ..widgets.ticks import fingerprint_of, skip_unchanged
 from .actions import connect_actions
 from .base_check import check_start
-from .disk_space import disk_estimate, disk_full_notice, disk_line
-from .estimates import estimate_time, has_gpu, memory_of, total_steps
+from .estimates import disk_estimate, disk_full_notice, disk_line, estimate_time, has_gpu, memory_of, total_steps
 from .live_view import NOTHING, LiveOutputs, live
 
 BOTH, FLAT, PLAIN = "both, as a fair pair", METHODS["flat-lora"].title, METHODS["lora"].title

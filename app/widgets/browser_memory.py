@@ -11,7 +11,7 @@ from typing import Any
 
 import gradio as gr
 
-from .static_files import read_static
+from .html import read_static
 
 PREFIX = "flatlora-"
 

@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 import gradio as gr
 
-from .static_files import read_static
+from .html import read_static
 
 _QUIET: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
 
@@ -27,7 +27,7 @@ class Confirmation:
     @property
     def hidden(self) -> dict[str, Any]:
         """The event that takes the question off the page."""
-        return {"fn": _hide, "inputs": None, "outputs": [self.row], **_QUIET}
+        return {"fn": lambda: gr.Row(visible=False), "inputs": None, "outputs": [self.row], **_QUIET}
 
 
 def build_confirmation(name: str, yes: str, no: str, variant: Literal["stop", "primary"] = "stop") -> Confirmation:
@@ -40,7 +40,7 @@ def build_confirmation(name: str, yes: str, no: str, variant: Literal["stop", "p
 
 def confirm_before(button: gr.Button, question: Confirmation, about: gr.Dropdown | None = None) -> None:
     """Show the row on a click on the button. `about`: a choice whose change hides it again."""
-    confirm_after(button.click(_show, None, [question.row], **_QUIET), button, question)
+    confirm_after(button.click(lambda: gr.Row(visible=True), None, [question.row], **_QUIET), button, question)
     if about is not None:
         about.change(**question.hidden)
 
@@ -49,14 +49,6 @@ def confirm_after(event: Any, button: gr.Button, question: Confirmation) -> None
     """`event`: of the button, whose handler shows the question's row where there is something to ask."""
     event.then(**_focused(question.no))
     question.no.click(**question.hidden).then(**_focused(button))
-
-
-def _show() -> Any:
-    return gr.Row(visible=True)
-
-
-def _hide() -> Any:
-    return gr.Row(visible=False)
 
 
 def _focused(button: gr.Button) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""A run as a card: progress, phase, errors and buttons."""
+"""A run as a card: progress, phase, errors and buttons; and the displayed names of methods and bases."""
 
 from __future__ import annotations
 
@@ -6,13 +6,15 @@ import html
 import re
 from collections.abc import Sequence
 
-from flatlora_diffusion.config import METHODS
+from flatlora_diffusion.config import METHODS, ModelConfig
+from flatlora_diffusion.families.base_title import included_title
+from flatlora_diffusion.gallery.png_text import bare_name
 
 from ..forms.labels import with_labels
 from ..runs.names import IMPORTED
-from ..runs.phase import TRAINING
 from ..runs.runs import Run
-from .static_files import read_static
+from ..runs.state import TRAINING
+from .html import read_static
 from .theme import COLOURS, NO_METHOD
 
 _LAST_LINES = 12
@@ -108,3 +110,10 @@ def duration(seconds: float) -> str:
     if seconds < 90:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
+def base_name(name_or_path: str) -> str:
+    """`the tiny demo base`, a hub id, or the last part of a path; empty for no base."""
+    if not name_or_path:
+        return ""
+    return included_title(ModelConfig(name_or_path)) or bare_name(name_or_path)

@@ -9,16 +9,24 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from html import escape
 
+import gradio as gr
+
 from ..context import AppContext
 from ..runs.progress import Preview
 from ..runs.runs import Run
-from .html import file_url
-from .static_files import read_static
+from .html import file_url, read_static
+from .loss_chart import run_colours
 from .theme import NO_METHOD
 
 MAX_COLUMNS = 24
 STRIP_CSS = read_static("sample_strip.css")
 STRIP_SCRIPT = read_static("sample_strip.js")
+
+
+def samples(context: AppContext, runs: list[Run]) -> gr.HTML:
+    """The previews of the runs over their steps; hidden without previews."""
+    page = sample_strips(context, runs, run_colours(runs))
+    return gr.HTML(page, visible=bool(page))
 
 
 def sample_strips(context: AppContext, runs: Sequence[Run], colours: Mapping[str, str]) -> str:

@@ -8,7 +8,7 @@ from html import escape
 from ..context import AppContext
 from ..process.database import Job
 from ..runs.state import logged_error
-from .static_files import read_static
+from .html import read_static
 
 STATUS_CSS = read_static("status.css")
 

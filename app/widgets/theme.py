@@ -7,7 +7,7 @@ import gradio as gr
 from flatlora_diffusion.charts.palette import BASE, OWN_LOOKS, THIRD, TONES
 from flatlora_diffusion.config import METHODS
 
-from .static_files import read_static
+from .html import read_static
 
 _SANS = ("system-ui", "-apple-system", "Segoe UI", "Roboto", "sans-serif")
 _MONO = ("ui-monospace", "Menlo", "Consolas", "monospace")

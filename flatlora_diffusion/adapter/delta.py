@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 
 from flatlora_diffusion.adapter.full import full_delta
-from flatlora_diffusion.adapter.layers import ADAPTER, base_weight, lora_layers
-from flatlora_diffusion.adapter.parts import parts_of
+from flatlora_diffusion.adapter.layers import ADAPTER, base_weight, lora_layers, parts_of
 from flatlora_diffusion.adapter.svd_start import ANCHOR
 from flatlora_diffusion.config import DENOISERS
 from flatlora_diffusion.method.layers import factors_of, scale_of, square_norm

@@ -17,8 +17,7 @@ from accelerate import init_empty_weights
 from peft import LoraConfig
 from torch import Tensor, nn
 
-from flatlora_diffusion.adapter.layers import ADAPTER, base_weight, lora_layers
-from flatlora_diffusion.adapter.parts import denoiser_of
+from flatlora_diffusion.adapter.layers import ADAPTER, base_weight, denoiser_of, lora_layers
 from flatlora_diffusion.config import AdapterConfig
 
 

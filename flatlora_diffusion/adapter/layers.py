@@ -1,4 +1,4 @@
-"""The adapted layers of a model, and their base weights."""
+"""The parts of a pipeline and the layers of a model that an adapter changes, and their base weights."""
 
 from __future__ import annotations
 
@@ -10,11 +10,22 @@ from peft.tuners.lora.layer import LoraLayer
 from peft.utils.integrations import dequantize_module_weight
 from torch import Tensor, nn
 
-from flatlora_diffusion.config import ADAPTERS, ConfigError
+from flatlora_diffusion.config import ADAPTERS, DENOISERS, TEXT_PARTS, ConfigError
 from flatlora_diffusion.method.flat_lora import FlatLora
 from flatlora_diffusion.method.layers import int8_steps
 
 ADAPTER = "default"
+PARTS = (*DENOISERS, *TEXT_PARTS)  # of any family; a pipeline has some of them
+
+
+def parts_of(pipeline: Any) -> tuple[str, ...]:
+    """The parts of a pipeline that a LoRA can change, the denoiser first."""
+    return tuple(part for part in PARTS if getattr(pipeline, part, None) is not None)
+
+
+def denoiser_of(pipeline: Any) -> str:
+    """The name of the denoiser in a pipeline."""
+    return next(part for part in DENOISERS if hasattr(pipeline, part))
 
 
 def lora_layers(model: nn.Module) -> dict[str, LoraLayer]:

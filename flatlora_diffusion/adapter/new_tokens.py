@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from flatlora_diffusion.adapter.parts import parts_of
+from flatlora_diffusion.adapter.layers import parts_of
 from flatlora_diffusion.config import TEXT_PARTS, ConfigError, TokenConfig
 from flatlora_diffusion.storage.rng import generator
 from flatlora_diffusion.storage.run_dir import EMBEDDINGS_FILE
@@ -68,16 +68,7 @@ def replace_in_captions(samples: Sequence[Any], tokens: Mapping[str, list[str]])
 def add_tokens(pipeline: Any, config: TokenConfig, seed: int) -> dict[str, list[str]]:
     """Add the new tokens to both tokenizers and text encoders, with noise of the table's std as embeddings.
 
-    Args:
-        pipeline: the pipeline to change.
-        config: placeholders and number of tokens.
-        seed: the seed of the embeddings.
-
-    Returns:
-        The new tokens by placeholder.
-
-    Raises:
-        ConfigError: a tokenizer has such tokens already.
+    Returns the new tokens by placeholder. Raises ConfigError if a tokenizer has such tokens already.
     """
     tokens = new_tokens(config)
     names = [name for group in tokens.values() for name in group]

@@ -11,14 +11,13 @@ from torch import Tensor, nn
 
 from flatlora_diffusion.adapter.delta import Updates, shared_path
 from flatlora_diffusion.adapter.full import save_merged
-from flatlora_diffusion.adapter.layers import ADAPTER, lora_layers
+from flatlora_diffusion.adapter.layers import ADAPTER, denoiser_of, lora_layers, parts_of
 from flatlora_diffusion.adapter.lora import (
     add_lora,
     start_magnitudes,
     trainable_parameters,
 )
 from flatlora_diffusion.adapter.new_tokens import add_tokens, save_embeddings
-from flatlora_diffusion.adapter.parts import denoiser_of, parts_of
 from flatlora_diffusion.adapter.svd_start import anchors
 from flatlora_diffusion.config import AdapterConfig, ConfigError, TrainConfig
 
@@ -49,15 +48,9 @@ def adapt(pipeline: Any, config: TrainConfig) -> dict[str, list[str]]:
 
 @torch.no_grad()
 def load_initial(pipeline: Any, updates: Updates, magnitudes: Mapping[str, Mapping[str, Tensor]]) -> None:
-    """Load the factors of another LoRA into the pipeline's new LoRA.
+    """Load the factors and scales of another LoRA, and DoRA's magnitudes, into the pipeline's new LoRA.
 
-    Args:
-        pipeline: the pipeline with the LoRA.
-        updates: factors and scales by module path, by part.
-        magnitudes: DoRA's magnitudes by module path, by part.
-
-    Raises:
-        ConfigError: ranks, layers or DoRA do not fit.
+    All are by module path, by part. Raises ConfigError if ranks, layers or DoRA do not fit.
     """
     for part, layers in updates.items():
         own_layers = {shared_path(part, name): layer for name, layer in lora_layers(getattr(pipeline, part)).items()}
@@ -108,10 +101,7 @@ def anchors_by_part(pipeline: Any) -> dict[str, Tensor]:
 def save_other_parts(pipeline: Any, folder: Path, merged: Path | None = None) -> None:
     """Save the parts that a LoRA file cannot hold.
 
-    Args:
-        pipeline: the trained pipeline.
-        folder: the folder for new tokens' embeddings.
-        merged: the folder for the merged pipeline of full fine-tuning; None saves none.
+    They are the embeddings of new tokens, into `folder`, and the merged pipeline of full fine-tuning, into `merged`.
     """
     if merged is not None:
         save_merged(pipeline, merged)

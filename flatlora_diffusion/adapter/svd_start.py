@@ -49,13 +49,7 @@ def prepare_lora_ga(model: Any, lora: LoraConfig, config: AdapterConfig, seed: i
 
 @torch.no_grad()
 def start_at_gradients(model: Any, gradients: Mapping[str, Tensor], seed: int) -> None:
-    """Start the LoRA and its anchor at the largest directions of dL/dW, by PEFT's LoRA-GA.
-
-    Args:
-        model: the model with the anchored LoRA.
-        gradients: dL/dW of each layer by name.
-        seed: the seed of the SVD.
-    """
+    """Start the LoRA and its anchor at the largest directions of each layer's dL/dW, by PEFT's LoRA-GA."""
     options = {"init_lora_weights": "lora_ga", "lora_ga_config": LoraGAConfig()}
     for name, layer in lora_layers(model).items():
         _copy_factors(layer, _peft_start(layer, options, seed, gradients[name].cpu()), [ADAPTER, ANCHOR])

@@ -272,7 +272,7 @@ def gpu_check_findings(config: TrainConfig) -> Iterator[Finding]:
         yield Finding("problem", subject, str(error))
         return
     for check in checks:
-        level: Literal["ok", "problem"] = "ok" if check.is_right else "problem"
-        yield Finding(
-            level, subject, check.message, "" if check.is_right else "please report this with the lines above"
-        )
+        # Trainings are right with a wrong estimate of memory, and with a rho that half precision rounds away.
+        failed: Literal["note", "problem"] = "note" if check.name in ("cost", "rise") else "problem"
+        remedy = "" if check.is_right else "please report this with the lines above"
+        yield Finding("ok" if check.is_right else failed, subject, check.message, remedy)

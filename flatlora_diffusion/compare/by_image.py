@@ -22,10 +22,7 @@ def by_image(
 ) -> dict[str, Any]:
     """Return the changes of each arm over its seeds, and the images with thumbnails saved below `out`.
 
-    Empty if no arm has measured losses by image.
-
-    Args:
-        pictures: the training images, square, in the order of `samples`.
+    `pictures` are the square training images in the order of `samples`. Empty if no arm has measured losses by image.
     """
     measured: dict[str, ImageChanges] = {}
     for key in dict.fromkeys(planned.arm.key for planned in runs):

@@ -26,7 +26,6 @@ import torch
 from flatlora_diffusion.compare.arms import PlannedRun
 from flatlora_diffusion.compare.by_image import by_image
 from flatlora_diffusion.compare.controls import RunOutputs, control_rows
-from flatlora_diffusion.compare.early_stopping import advise
 from flatlora_diffusion.compare.evaluator import OWN_METRICS, TRAIN, MetricValues, RunEvaluator
 from flatlora_diffusion.compare.experiment import Experiment, read_experiment
 from flatlora_diffusion.compare.fairness_checks import shared_conditions
@@ -36,7 +35,7 @@ from flatlora_diffusion.compare.inputs import free_gpu_memory
 from flatlora_diffusion.compare.page.page import GRID, PAGE, RESULT, write_compare_page
 from flatlora_diffusion.compare.picture_grid import comparison_grid
 from flatlora_diffusion.compare.plan_lines import plan_lines
-from flatlora_diffusion.compare.trajectory import TrajectoryPoint
+from flatlora_diffusion.compare.trajectory import TrajectoryPoint, advise
 from flatlora_diffusion.config import CompareConfig, TrainConfig
 from flatlora_diffusion.evaluation.metrics import describe_metrics
 from flatlora_diffusion.signals import describe_interruption
@@ -105,7 +104,6 @@ def _compare(experiment: Experiment) -> Path:
 
 
 def _evaluate_arms(experiment: Experiment) -> ComparisonResult:
-    """Draw the grid, measure the arms and write the report without controls."""
     out = experiment.out
     evaluator, base = experiment.evaluator(experiment.arm_runs)
     logger.info("Drawing the same prompts with the base and each LoRA")
@@ -125,7 +123,6 @@ def _evaluate_arms(experiment: Experiment) -> ComparisonResult:
 
 
 def _evaluate_controls(experiment: Experiment, result: ComparisonResult) -> None:
-    """Measure the controls and write the complete report."""
     evaluator, base = experiment.evaluator(experiment.runs)
     logger.info("Measuring the controls")
     experiment.run_items(base.denoiser, experiment.control_items(evaluator))
@@ -135,7 +132,8 @@ def _evaluate_controls(experiment: Experiment, result: ComparisonResult) -> None
     for planned in experiment.control_runs:
         values[planned.arm.key] = {planned.seed: evaluator.losses(planned)}
     runs = [*experiment.first_runs, *experiment.control_runs]
-    outputs = {planned.arm.key: _outputs(planned, evaluator) for planned in runs}
+    seed = evaluator.prompts.seeds[0]
+    outputs = {run.arm.key: RunOutputs(run.lora, evaluator.pictures(run.lora, seed)) for run in runs}
     complete: ComparisonResult = {
         **result,
         "arms": [*result["arms"], *(asdict(planned.arm) for planned in experiment.control_runs)],
@@ -147,7 +145,6 @@ def _evaluate_controls(experiment: Experiment, result: ComparisonResult) -> None
 
 
 def _write(out: Path, result: ComparisonResult) -> None:
-    """Write the report of `result`."""
     write_text(out / RESULT, json.dumps(result, indent=1) + "\n")
     names = {arm["key"]: arm["name"] for arm in result["arms"] if arm["role"] == "arm"}
     table = metrics_table(names, result["metrics"], result["base"], result["values"])
@@ -172,7 +169,6 @@ def _settings(experiment: Experiment) -> dict[str, Any]:
 
 
 def _measure(experiment: Experiment, evaluator: RunEvaluator, pictures: dict[str, Any]) -> ComparisonResult:
-    """Measure the base and the arms, and derive differences, verdict and advice."""
     arms, runs, first_runs = experiment.arms, experiment.arm_runs, experiment.first_runs
     values: dict[str, dict[int, MetricValues]] = {}
     images: dict[str, dict[int, dict[str, list[float]]]] = {}
@@ -221,10 +217,6 @@ def _advice(
     losses = {strength: values["heldout_loss"] for strength, values in strengths[planned.arm.key].items()}
     advice = advise(trajectories[planned.arm.key][planned.seed], losses)
     return {"arm": planned.arm.key, "seed": planned.seed, **asdict(advice)}
-
-
-def _outputs(planned: PlannedRun, evaluator: RunEvaluator) -> RunOutputs:
-    return RunOutputs(planned.lora, evaluator.pictures(planned.lora, evaluator.prompts.seeds[0]))
 
 
 def _groups(runs: Sequence[PlannedRun], evaluator: RunEvaluator) -> dict[str, Any]:

@@ -42,13 +42,10 @@ class RunOutputs:
 
 
 def make_controls(arms: Sequence[Arm], seed: int, init_seed: int | None = None) -> list[Control]:
-    """Choose the controls of the compared methods for the runs of `seed`.
+    """Choose the controls of the compared methods for the runs of `seed`, whose initial weights may have another seed.
 
     They are Flat-LoRA at sigma 0 if it is compared with an otherwise equal LoRA; the first arm with other draws; and
     the first arm with noise with another eps.
-
-    Args:
-        init_seed: The seed of the initial weights if it is not `seed`.
     """
     first = arms[0]
     draws = {

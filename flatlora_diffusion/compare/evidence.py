@@ -151,7 +151,7 @@ def public_figures(folder: Path) -> dict[str, Any]:
 
 
 def _run_figures(run: RunDir) -> dict[str, Any]:
-    """Time, memory, losses and self-checks of a run."""
+    """Time, memory, losses, self-checks of a run, and with fp16 how often its gradients overflowed."""
     events, steps = run.events(), run.steps()
     start = next((event for event in events if event["event"] == "start"), {})
     return {
@@ -162,6 +162,8 @@ def _run_figures(run: RunDir) -> dict[str, Any]:
         "seconds": round(sum(event["seconds"] for event in steps), 1),
         "memory": max((event["memory"] for event in steps), default=None),
         "losses": [round(event["loss"], 5) for event in steps],
+        "skipped_steps": sum(event.get("is_skipped", False) for event in steps),
+        "loss_scale": steps[-1].get("loss_scale") if steps else None,
         "selfcheck": [
             {name: value for name, value in event.items() if name != "event"}
             for event in events

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import json
 import math
 import re
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from flatlora_diffusion.config import ConfigError
+from flatlora_diffusion.storage.formatting import first_line
 from flatlora_diffusion.storage.versions import PROGRAM
 
 SCHEMA = 1
@@ -69,22 +71,38 @@ def read_evidence(file: Path) -> dict[str, Any]:
 
 
 def report_row(content: dict[str, Any]) -> str:
-    """Write the row of a checked evidence.json in the table of reports, with the columns `COLUMNS`."""
+    """Write the row of a checked evidence.json in the table of reports, with the columns `COLUMNS`.
+
+    Raises:
+        ConfigError: A value below `KEYS` is missing or of another type.
+    """
+    try:
+        cells = _cells(content)
+    except (LookupError, TypeError, AttributeError, ValueError, ArithmeticError) as error:
+        raise ConfigError(
+            f"the file has schema {SCHEMA} but not its values ({type(error).__name__}: {first_line(error)}); ask for "
+            "the file as `flatlora evidence` wrote it"
+        ) from error
+    # Somebody else's texts: a cell of Markdown, without line breaks and HTML.
+    texts = (html.escape(" ".join(cell.split()).replace("|", "/"), quote=False) for cell in cells)
+    return f"| {' | '.join(texts)} |"
+
+
+def _cells(content: dict[str, Any]) -> list[str]:
     settings, runs = content["settings"], content["runs"]
     seeds, steps = len(content["seeds"]), settings["max_train_steps"]
     trained = f"{steps} steps, {seeds} seed{'s' if seeds > 1 else ''}, {settings['mixed_precision'] or 'fp32'}"
     baseline = [values["seconds_per_step"] for values in content["values"].get(_BASELINE, {}).values()]
     peak = max((run["memory"] for run in runs if run["memory"]), default=0)
-    cells = [
-        content["device"],
-        content["version"],
+    return [
+        str(content["device"]),
+        str(content["version"]),
         trained,
         _difference(content, _FLAT),
         _difference(content, _AVERAGE),
         f"{sum(baseline) / len(baseline):.2f}" if baseline else "",
         f"{peak / 2**30:.1f} GiB",
     ]
-    return f"| {' | '.join(str(cell).replace('|', '/') for cell in cells)} |"
 
 
 def _difference(content: dict[str, Any], arm: str) -> str:

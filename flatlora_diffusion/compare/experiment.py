@@ -149,7 +149,6 @@ def read_experiment(config: TrainConfig, options: CompareConfig, forecast: Forec
 
 
 def _check_same_base(config: TrainConfig, base: Base, runs: Sequence[PlannedRun]) -> None:
-    """Raise ConfigError if the base is not the base that the runs were trained on."""
     if config.model.quantize_base is not None:
         return  # the hash of the quantized weights differs
     fingerprint = base_fingerprint(base.denoiser)

@@ -16,7 +16,7 @@ from flatlora_diffusion.compare.evaluator import RunEvaluator
 from flatlora_diffusion.compare.picture_grid import grid_items
 from flatlora_diffusion.compare.progress import WorkItem
 from flatlora_diffusion.compare.timing import duration_text, step_seconds, training_seconds
-from flatlora_diffusion.storage.events import append_event, read_events
+from flatlora_diffusion.storage.run_dir import append_event, read_events
 
 logger = logging.getLogger(__name__)
 

@@ -27,10 +27,9 @@ from flatlora_diffusion.compare.losses import UNGROUPED, ImageSet, LossEvaluator
 from flatlora_diffusion.compare.pictures import PictureGenerator
 from flatlora_diffusion.config import INCLUDED_BASES, SAMPLES, CompareConfig, ConfigError, TrainConfig
 from flatlora_diffusion.data.dataset import Sample, load_samples
-from flatlora_diffusion.data.image_folders import check_folders_apart
 from flatlora_diffusion.data.images import HELDOUT_FOLDER, load_image
 from flatlora_diffusion.data.prompts import read_prompts
-from flatlora_diffusion.data.sources import check_not_trained_on, load_heldout, load_training_set
+from flatlora_diffusion.data.sources import check_folders_apart, check_not_trained_on, load_heldout, load_training_set
 from flatlora_diffusion.evaluation.encoders import JUDGE, centre_square, load_encoder
 from flatlora_diffusion.evaluation.judge import load_judge
 from flatlora_diffusion.evaluation.perceptual import load_lpips

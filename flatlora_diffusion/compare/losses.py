@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
+from flatlora_diffusion.config import RunError
 from flatlora_diffusion.data.dataset import Sample, metadata_rows
 from flatlora_diffusion.evaluation.probe import Probe, fixed_probe, loss_increases, probe_losses
 from flatlora_diffusion.families.base import Base
@@ -139,10 +141,22 @@ class LossEvaluator:
         file = self._file(measurement, lora, strength)
         if not file.is_file():
             losses = measure() if lora is None else self._with_lora(lora, strength, measure)
+            self._check_finite(losses, lora, strength)
             self._cache.mkdir(parents=True, exist_ok=True)
             write_text(file, json.dumps(losses) + "\n")
         cached: Losses = json.loads(file.read_text(encoding="utf-8"))
         return cached
+
+    def _check_finite(self, losses: Losses, lora: Path | None, strength: float) -> None:
+        """Raise RunError for losses that are not finite, which would make all statistics undefined."""
+        bad = [name for name, values in losses.items() if not all(map(math.isfinite, values.values()))]
+        if bad:
+            model = "the base" if lora is None else f"{lora.parent.name}/{lora.name} at strength {strength:g}"
+            dtype = str(self._base.denoiser.dtype).removeprefix("torch.")
+            raise RunError(
+                f"the losses of {model} on the images {', '.join(bad)} are not finite in {dtype}; repeat the "
+                "comparison with another --mixed_precision and --output_dir"
+            )
 
     def _with_lora(self, lora: Path, strength: float, measure: Callable[[], Losses]) -> Losses:
         pipeline, files = self._base.pipeline, [LoraFile(lora)]

@@ -20,12 +20,7 @@ logger = logging.getLogger(__name__)
 
 
 def train_members_in_parallel(config: TrainConfig, workers: WorkersConfig) -> TrainConfig:
-    """Train every unfinished member, and return the settings with the run's seed.
-
-    Raises:
-        ConfigError: The settings are invalid.
-        RunError: A member's training fails.
-    """
+    """Train every unfinished member, and return the settings with the run's seed. Raises as a training does."""
     check_workers(workers.workers, workers.cluster)
     if config.optim.max_train_steps is None:
         raise ConfigError("--workers and --cluster need --max_train_steps, so that all members train equally long")

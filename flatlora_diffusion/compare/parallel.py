@@ -21,8 +21,7 @@ _POLL_INTERVAL = 1.0  # seconds
 def train_in_parallel(runs: Sequence[PlannedRun], workers: int | None, cluster: str | None) -> None:
     """Train the unfinished runs, one per worker slot at a time.
 
-    Raises:
-        RunError: A training fails; the others then save a checkpoint and stop.
+    Raises RunError if a training fails; the others then save a checkpoint and stop.
     """
     pending = [planned for planned in runs if not planned.is_finished]
     if pending and pending[0].config.data.with_prior_preservation:  # draws the class images that all runs share

@@ -72,7 +72,6 @@ def _heading(evaluator: RunEvaluator, prompt: str) -> str:
 def _caption_parts(
     runs: Sequence[PlannedRun], evaluator: RunEvaluator, prompts: Sequence[str], captions: Collection[str]
 ) -> Iterator[str]:
-    """Yield the parts of the caption."""
     run, has_changes = runs[0], any(planned.arm.changes for planned in runs)
     if any(prompt in evaluator.names for prompt in prompts):
         yield f"prompts such as \N{LEFT DOUBLE QUOTATION MARK}{prompts[0]}\N{RIGHT DOUBLE QUOTATION MARK}"

@@ -20,8 +20,7 @@ from flatlora_diffusion.training.disk_space import free_bytes
 def plan_lines(experiment: Experiment) -> Iterator[str]:
     """Yield a line for each phase, then lines for trainings, disk space and duration.
 
-    Raises:
-        ConfigError: There is not enough disk space.
+    Raises ConfigError if there is not enough disk space.
     """
     inputs, out = experiment.inputs, experiment.out
     names = " and ".join(arm.name for arm in experiment.arms)

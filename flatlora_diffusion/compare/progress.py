@@ -35,8 +35,7 @@ def run_items(
 ) -> None:
     """Run the items that are not cached, with a progress bar that advances with every pass of the denoiser.
 
-    Args:
-        on_done: Called with each item that has run and its seconds.
+    `on_done` is called with each item that has run and its seconds.
     """
     pending = [item for item in items if item.passes]
     total = sum(item.passes for item in pending)

@@ -21,7 +21,6 @@ def check_combinations(config: Sections) -> None:
 
 
 def _methods_and_adapters(config: Sections) -> tuple[Check, ...]:
-    """Check methods, adapters and optimizers."""
     adapter, perturb, optim = config.adapter, config.perturb, config.optim
     name, row, method = adapter.adapter, ADAPTERS[adapter.adapter], METHODS[perturb.method]
     return (
@@ -75,7 +74,6 @@ def _methods_and_adapters(config: Sections) -> tuple[Check, ...]:
 
 
 def _adapters_without_factors(config: Sections) -> tuple[Check, ...]:
-    """Check adapters that do not train the factors A and B of a LoRA."""
     adapter, name = config.adapter, config.adapter.adapter
     if ADAPTERS[name].is_lora:
         return ()
@@ -116,7 +114,6 @@ def _adapters_without_factors(config: Sections) -> tuple[Check, ...]:
 
 
 def _lora_pro(config: Sections) -> tuple[Check, ...]:
-    """Check --optimizer lora-pro."""
     if config.optim.optimizer != "lora-pro":
         return ()
     method = config.perturb.method
@@ -134,7 +131,6 @@ def _lora_pro(config: Sections) -> tuple[Check, ...]:
 
 
 def _data_and_objective(config: Sections) -> Iterable[Check]:
-    """Check data, text encoders and objective."""
     data, objective = config.data, config.objective
     return (
         (

@@ -51,9 +51,6 @@ class Subset:
     prefix: str
     suffix: str
 
-    def full_caption(self, caption: str) -> str:
-        return " ".join(part for part in (self.prefix, caption, self.suffix) if part)
-
 
 def load_dataset_file(path: Path, instance_prompt: str | None) -> SampleSet:
     """Read the images of all folders of the file, with ids FOLDER/NAME.
@@ -77,7 +74,7 @@ def load_dataset_file(path: Path, instance_prompt: str | None) -> SampleSet:
             replace(
                 sample,
                 id=f"{label}/{sample.id}",
-                caption=subset.full_caption(sample.caption),
+                caption=" ".join(filter(None, (subset.prefix, sample.caption, subset.suffix))),
                 repeats=subset.repeats,
             )
             for sample in images.samples

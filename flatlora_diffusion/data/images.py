@@ -96,7 +96,7 @@ def load_mask(mask: Path, size: tuple[int, int]) -> Image.Image:
     """Read the mask (mode L) of an image of this (width, height). Raises ImageError for another size."""
     with _read_errors(mask):
         colour, _ = _decode(mask)
-    if colour.size != size and _halves(colour.size) == size:
+    if colour.size != size and tuple((side + 1) // 2 for side in colour.size) == size:
         colour = colour.reduce(2)  # the image is a large JPEG
     if colour.size != size:
         (width, height), (wide, high) = size, colour.size
@@ -239,10 +239,6 @@ def _decode(source: Source) -> tuple[Image.Image, Image.Image | None]:
         ImageOps.exif_transpose(file, in_place=True)
         colour, alpha = _split_alpha(_to_8_bits(file))
         return _to_srgb(colour, file.info.get("icc_profile")), alpha
-
-
-def _halves(size: tuple[int, int]) -> tuple[int, int]:
-    return (size[0] + 1) // 2, (size[1] + 1) // 2
 
 
 def _to_8_bits(image: Image.Image) -> Image.Image:

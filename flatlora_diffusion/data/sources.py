@@ -1,4 +1,4 @@
-"""The training set: a folder, the folders of a dataset file, or a Hugging Face dataset; and its splits."""
+"""The training set: a folder, the folders of a dataset file, or a Hugging Face dataset; its splits and its folders."""
 
 from __future__ import annotations
 
@@ -7,11 +7,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from flatlora_diffusion.config import ConfigError, DataConfig
+from flatlora_diffusion.config import ConfigError, DataConfig, TrainConfig
 from flatlora_diffusion.data.dataset import METADATA, Sample, SampleSet, check_samples, load_samples, make_sample
 from flatlora_diffusion.data.dataset_file import load_dataset_file, read_dataset_file
 from flatlora_diffusion.data.images import ImageError
 from flatlora_diffusion.storage.hub_errors import loading_failure
+from flatlora_diffusion.storage.separate_folders import Relation, check_separate
+
+_CLASS = "class_data_dir"
 
 
 def load_training_set(data: DataConfig) -> SampleSet:
@@ -158,3 +161,40 @@ def _train_split(data: DataConfig) -> Any:
             names = ", ".join(split.column_names)
             raise ConfigError(f"{setting}={column!r} is not a column of the dataset, which has: {names}")
     return split.cast_column(data.image_column, datasets.Image(decode=False))
+
+
+def image_folders(config: TrainConfig) -> dict[str, list[Path]]:
+    """Return the image folders that a run reads, by setting; none for a dataset on the hub.
+
+    Raises ConfigError for an invalid dataset file.
+    """
+    data = config.data
+    is_local = data.dataset_name is not None and Path(data.dataset_name).is_dir()
+    settings = {
+        "instance_data_dir": data.instance_data_dir,
+        "dataset_name": data.dataset_name if is_local else None,
+        "validation_data_dir": config.run.validation_data_dir,
+        _CLASS: data.class_data_dir if data.with_prior_preservation else None,
+    }
+    folders = {name: [Path(folder)] for name, folder in settings.items() if folder is not None}
+    if data.dataset_config is not None:
+        folders["dataset_config"] = [subset.folder for subset in read_dataset_file(Path(data.dataset_config))[0]]
+    return folders
+
+
+def check_folders_apart(config: TrainConfig) -> None:
+    """Raise ConfigError for an output folder that overlaps with an image folder.
+
+    output_dir may not contain images or be inside an image folder. Class images and caches may, because images are
+    read from the top of a folder only, but not inside a local dataset, which is read recursively.
+    """
+    folders = image_folders(config)
+    outputs = {"embedding_cache_dir": config.data.embedding_cache_dir}
+    if _CLASS in folders:
+        outputs[_CLASS] = config.data.class_data_dir
+    for name, images in folders.items():
+        check_separate("output_dir", Path(config.run.output_dir), name, images)
+        refused: tuple[Relation, ...] = ("is", "lies in") if name == "dataset_name" else ("is",)
+        for setting, folder in outputs.items():
+            if folder is not None and setting != name:
+                check_separate(setting, Path(folder), name, images, refused)

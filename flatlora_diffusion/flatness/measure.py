@@ -74,7 +74,8 @@ def measure_flatness(
 ) -> FlatnessFigures:
     """Measure `model`; `base_weights` are the weights of the base that any of the models adapts."""
     start = time.monotonic()
-    weights = merged(base_weights, model.deltas)
+    deltas = model.deltas  # empty for the base
+    weights = merged(base_weights, deltas)
     losses = {
         kind: loss_on_probe(base.denoiser, objective, probe, config.probe_batch_size)
         for kind, probe in model.probes.items()
@@ -85,33 +86,18 @@ def measure_flatness(
             **vars(landscape(model.name, train, weights, config)),
             losses=_values(losses, weights),
             worst=worst_increases(train, weights, config.radii),
-            worst_factors=_factor_increases(train, base_weights, model.deltas, config),
+            worst_factors=worst_increases(*loss_of_factors(train, base_weights, deltas), config.radii)
+            if deltas
+            else [],
             curvature=_curvature(base, train, weights, config),
-            strengths=_strength_losses(losses, base_weights, model.deltas),
-            variants=_variant_losses(losses, base_weights, model.deltas, others),
+            strengths={at: _values(losses, merged(base_weights, deltas, at)) for at in STRENGTHS if deltas},
+            variants={
+                name: _values(losses, changed)
+                for name, changed in (variants(base_weights, deltas, others) if deltas else ())
+            },
         )
     logger.info("%s: measured in %.0f s", model.name, time.monotonic() - start)
     return figures
-
-
-def _factor_increases(loss: Loss, base: Weights, deltas: Deltas, config: FlatnessConfig) -> list[float]:
-    """Return the worst-case loss increases in A and B; empty for the base."""
-    return worst_increases(*loss_of_factors(loss, base, deltas), config.radii) if deltas else []
-
-
-def _strength_losses(losses: Mapping[str, Loss], base: Weights, deltas: Deltas) -> dict[float, dict[str, float]]:
-    """Return the losses by strength of the LoRA; empty for the base."""
-    if not deltas:
-        return {}
-    return {strength: _values(losses, merged(base, deltas, strength)) for strength in STRENGTHS}
-
-
-def _variant_losses(
-    losses: Mapping[str, Loss], base: Weights, deltas: Deltas, others: OtherModels
-) -> dict[str, dict[str, float]]:
-    if not deltas:
-        return {}
-    return {name: _values(losses, weights) for name, weights in variants(base, deltas, others)}
 
 
 def _curvature(base: Base, loss: Loss, weights: Weights, config: FlatnessConfig) -> dict[str, Curvature]:

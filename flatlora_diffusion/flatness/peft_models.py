@@ -96,7 +96,6 @@ def _check(models: Mapping[str, nn.Module]) -> int:
 
 
 def _shapes(name: str, model: nn.Module) -> dict[str, torch.Size]:
-    """Return the shape of each adapted weight by the name of its layer."""
     shapes = {}
     for path, layer in _adapted(model).items():
         base = layer.get_base_layer()
@@ -116,7 +115,6 @@ def _shapes(name: str, model: nn.Module) -> dict[str, torch.Size]:
 
 
 def _adapted(model: nn.Module) -> dict[str, Any]:
-    """Return the adapted layers by module path."""
     return {path: module for path, module in model.named_modules() if isinstance(module, BaseTunerLayer)}
 
 

@@ -21,8 +21,7 @@ import torch
 from flatlora_diffusion.adapter.new_tokens import new_tokens, replace_in_captions
 from flatlora_diffusion.config import ConfigError, FlatnessConfig, ModelConfig, TrainConfig
 from flatlora_diffusion.data.dataset import Sample
-from flatlora_diffusion.data.image_folders import image_folders
-from flatlora_diffusion.data.sources import check_not_trained_on, load_heldout, load_training_set
+from flatlora_diffusion.data.sources import check_not_trained_on, image_folders, load_heldout, load_training_set
 from flatlora_diffusion.evaluation.finished_runs import FinishedRun, check_images, read_runs
 from flatlora_diffusion.evaluation.probe import Probe, fixed_probe
 from flatlora_diffusion.families.base import Base
@@ -75,7 +74,6 @@ def flatness(config: FlatnessConfig) -> Path:
 
 
 def _with_given_paths(config: TrainConfig, given: FlatnessConfig) -> TrainConfig:
-    """Return the run's settings with the given base and image folder."""
     if given.pretrained_model_name_or_path is not None:
         config = config.replace(pretrained_model_name_or_path=given.pretrained_model_name_or_path)
     if given.instance_data_dir is not None:

@@ -70,7 +70,8 @@ def labelled_bands(bands: Sequence[Band], caption: str = "") -> Image.Image:
                 (left - 14, top + band.cell // 2), next(texts), _INK, row_font, anchor="rm", align="right"
             )
             for column, image in enumerate(images):
-                canvas.paste(_scaled(image, band.cell), (left + column * (band.cell + _GAP), top))
+                scaled = image.convert("RGB").resize((band.cell, band.cell), Image.Resampling.LANCZOS)
+                canvas.paste(scaled, (left + column * (band.cell + _GAP), top))
         y += height + _BAND_GAP
     if caption:
         x = left if _size(caption_text, small)[0] <= width - left - _GAP else _GAP
@@ -90,10 +91,6 @@ def _column_texts(band: Band, small: Font, large: Font) -> tuple[list[str], Font
 def _top(texts: Sequence[str], font: Font) -> int:
     """Return the height of the labels on top."""
     return 24 + max(_size(text, font)[1] for text in texts) if texts else _GAP
-
-
-def _scaled(image: Image.Image, cell: int) -> Image.Image:
-    return image.convert("RGB").resize((cell, cell), Image.Resampling.LANCZOS)
 
 
 def wrapped(text: str, font: Font, width: int) -> str:
@@ -123,7 +120,6 @@ def _lines(text: str, font: Font, width: int) -> Iterator[str]:
 
 
 def _size(text: str, font: Font) -> tuple[int, int]:
-    """Return width and height in pixels of multiline text."""
     draw = ImageDraw.Draw(Image.new("RGB", (1, 1)))
     left, top, right, bottom = draw.multiline_textbbox((0, 0), text, font)
     return round(right - left), round(bottom - top)

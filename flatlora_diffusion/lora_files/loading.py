@@ -14,13 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft.tuners.lora.layer import LoraLayer
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from flatlora_diffusion.adapter.layers import lora_layers
+from flatlora_diffusion.adapter.layers import lora_layers, parts_of
 from flatlora_diffusion.adapter.new_tokens import FILE_KEYS
-from flatlora_diffusion.adapter.parts import parts_of
 from flatlora_diffusion.config import TEXT_PARTS, ConfigError
 from flatlora_diffusion.lora_files.diffusers_file import magnitude_tensors, peft_tensors
 from flatlora_diffusion.lora_files.names import BaseNames, pipeline_names
@@ -76,7 +74,8 @@ def lora_scale(pipeline: Any, files: Sequence[LoraFile], strength: float, merge:
     if not merge:
         yield
         return
-    weights = [layer.get_base_layer().weight for layer in _layers(pipeline)]
+    models = [getattr(pipeline, part) for part in parts_of(pipeline)]
+    weights = [layer.get_base_layer().weight for model in models for layer in lora_layers(model).values()]
     originals = [weight.detach().clone() for weight in weights]
     try:
         pipeline.fuse_lora(adapter_names=adapters)
@@ -106,10 +105,6 @@ def embedding_files(path: Path) -> list[Path]:
 
 def _adapter(index: int) -> str:
     return f"lora_{index}"
-
-
-def _layers(pipeline: Any) -> list[LoraLayer]:
-    return [layer for part in parts_of(pipeline) for layer in lora_layers(getattr(pipeline, part)).values()]
 
 
 def _load(pipeline: Any, file: CheckedFile, names: BaseNames, adapter: str) -> None:

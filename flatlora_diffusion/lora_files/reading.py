@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from flatlora_diffusion.adapter.delta import LazyLayers, Update, Updates
-from flatlora_diffusion.adapter.parts import PARTS
+from flatlora_diffusion.adapter.layers import PARTS
 from flatlora_diffusion.config import KLEIN, SDXL, TINY, TINY_KLEIN, ConfigError
 from flatlora_diffusion.lora_files.key_mapping import (
     DOWN_ENDS,

@@ -8,7 +8,7 @@ import math
 import re
 from typing import Any
 
-from flatlora_diffusion.adapter.parts import PARTS
+from flatlora_diffusion.adapter.layers import PARTS
 from flatlora_diffusion.config import ConfigError
 from flatlora_diffusion.lora_files.safe_reading import CheckedFile, printable
 

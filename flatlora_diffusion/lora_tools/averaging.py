@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from flatlora_diffusion.adapter.delta import Update, Updates, cut_to_rank
-from flatlora_diffusion.adapter.parts import PARTS
+from flatlora_diffusion.adapter.layers import PARTS
 from flatlora_diffusion.config import AverageConfig, ConfigError
 from flatlora_diffusion.lora_files.loading import embedding_files
 from flatlora_diffusion.lora_files.metadata import portable_metadata
@@ -143,7 +143,6 @@ def _concatenate(updates: Sequence[Update], weights: Sequence[float]) -> Update:
 
 
 def _max_rank(updates: Updates) -> int:
-    """The highest rank of a layer."""
     return max(len(update.down) for layers in updates.values() for update in layers.values())
 
 
@@ -192,7 +191,9 @@ def _base_hash(file: Path) -> str | None:
 
 def _check_same_layers(members: Sequence[ImportedLora], names: Sequence[str]) -> None:
     """Raise ConfigError if a LoRA adapts a layer that another does not."""
-    first, *others = [_layer_paths(member.updates) for member in members]
+    first, *others = [
+        {f"{part}.{module}" for part, modules in member.updates.items() for module in modules} for member in members
+    ]
     for layers, name in zip(others, names[1:], strict=True):
         for missing, lacking in ((first - layers, name), (layers - first, names[0])):
             if missing:
@@ -200,10 +201,6 @@ def _check_same_layers(members: Sequence[ImportedLora], names: Sequence[str]) ->
                     f"loras adapt different layers: {lacking} lacks {len(missing)}, such as {min(missing)}; "
                     "give LoRAs that were trained on the same layers"
                 )
-
-
-def _layer_paths(updates: Updates) -> set[str]:
-    return {f"{part}.{module}" for part, modules in updates.items() for module in modules}
 
 
 def _average_embeddings(files: Sequence[Path], names: Sequence[str], weights: Sequence[float]) -> dict[str, Tensor]:

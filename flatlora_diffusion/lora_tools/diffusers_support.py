@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 
-from flatlora_diffusion.adapter.parts import PARTS
+from flatlora_diffusion.adapter.layers import PARTS
 from flatlora_diffusion.config import TEXT_PARTS
 from flatlora_diffusion.lora_files.reading import FileLayer, ImportedLora
 from flatlora_diffusion.lora_files.safe_reading import printable

@@ -14,7 +14,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from flatlora_diffusion.adapter.delta import Update
-from flatlora_diffusion.adapter.parts import parts_of
+from flatlora_diffusion.adapter.layers import parts_of
 from flatlora_diffusion.config import ConfigError, MergeConfig, ModelConfig, RunError, function_at
 from flatlora_diffusion.families.device import DTYPES
 from flatlora_diffusion.families.family import Family

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from flatlora_diffusion.adapter.delta import Update, cut_to_rank, truncated_svd
-from flatlora_diffusion.adapter.parts import parts_of
+from flatlora_diffusion.adapter.layers import parts_of
 from flatlora_diffusion.config import ConfigError, ExtractConfig, FileLayout, ModelConfig, ResizeConfig
 from flatlora_diffusion.families.paths import base_given_as, base_path
 from flatlora_diffusion.families.registry import load_base

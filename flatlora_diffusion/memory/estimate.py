@@ -31,7 +31,7 @@ from flatlora_diffusion.memory.meta_step import (
     measure_vae,
     weight_count,
 )
-from flatlora_diffusion.method.low_rank_draw import DRAW_RANK
+from flatlora_diffusion.method.draw import DRAW_RANK
 
 GIB = 2**30
 CONTEXT_BYTES = int(0.6 * GIB)  # typical CUDA context with the kernels and workspaces of cuBLAS and cuDNN

@@ -14,7 +14,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from flatlora_diffusion.config import PerturbConfig, PerturbPer
+from flatlora_diffusion.config import METHODS, PerturbConfig, PerturbPer, function_at
 from flatlora_diffusion.method.flat_lora import FlatLora
 from flatlora_diffusion.method.noise_config import NoiseConfig
 
@@ -171,3 +171,13 @@ def weights_shifted(steps: dict[nn.Parameter, Tensor]) -> Iterator[None]:
         with torch.no_grad():
             for parameter, value in originals.items():
                 parameter.copy_(value)
+
+
+def step_gradient(inputs: GradientInputs) -> StepGradient:
+    """Return the gradient computation of `inputs.config.method`.
+
+    Raises:
+        ConfigError: a model has layers that the method does not support.
+    """
+    gradient: StepGradient = function_at(METHODS[inputs.config.method].build)(inputs)
+    return gradient

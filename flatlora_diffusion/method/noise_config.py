@@ -7,9 +7,7 @@ from dataclasses import dataclass, fields
 from typing import Any, get_args
 
 from flatlora_diffusion.config import DEFAULT_SIGMA, ConfigError, DrawKind, NoiseKind, PerturbConfig, SigmaSchedule
-from flatlora_diffusion.method.draw import Draw
-from flatlora_diffusion.method.full_draw import FullDraw
-from flatlora_diffusion.method.low_rank_draw import LowRankDraw
+from flatlora_diffusion.method.draw import Draw, FullDraw, LowRankDraw
 
 _DRAWS: dict[DrawKind, type[Draw]] = {"full": FullDraw, "low_rank": LowRankDraw}
 

@@ -93,10 +93,10 @@ def concerns_folder(error: OSError, folder: Path) -> bool:
     """Whether the error can be about `folder` or a file in it; errors of connections are OSErrors too."""
     if isinstance(error, ConnectionError | TimeoutError) or (error.errno is None and type(error) is not OSError):
         return False
-    file = error.filename
-    return (
-        not isinstance(file, str) or Path(file).absolute().is_relative_to(folder.absolute()) or _is_above(file, folder)
-    )
+    if not isinstance(error.filename, str):
+        return True
+    file, folder = Path(error.filename).absolute(), folder.absolute()
+    return file.is_relative_to(folder) or folder.is_relative_to(file)  # a parent has to be created or opened first
 
 
 def check_writable(folder: Path, setting: str) -> None:
@@ -115,11 +115,6 @@ def check_writable(folder: Path, setting: str) -> None:
         for path in missing:
             with suppress(OSError):
                 path.rmdir()
-
-
-def _is_above(file: str, folder: Path) -> bool:
-    """Whether `file` is a parent of `folder`, which has to be created or opened first."""
-    return folder.absolute().is_relative_to(Path(file).absolute())
 
 
 def _as_system_error(error: SafetensorError) -> OSError:

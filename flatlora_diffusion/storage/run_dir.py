@@ -19,8 +19,8 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Collection, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +33,6 @@ from flatlora_diffusion.config import (
     with_legacy_defaults,
 )
 from flatlora_diffusion.storage.atomic_io import concerns_folder, remove_partial_files, write_json
-from flatlora_diffusion.storage.events import append_event, read_events, valid_events
 from flatlora_diffusion.storage.formatting import slug
 from flatlora_diffusion.storage.saved_config import changed_names, expand_paths, portable
 from flatlora_diffusion.storage.separate_folders import relation
@@ -54,6 +53,8 @@ _RESERVED = re.compile(r"config|manifest|state|pytorch_lora_weights.*|con|prn|au
 _LONGEST_NAME = 80
 _CHECKPOINT = re.compile(r"checkpoint-(0|[1-9][0-9]*)")  # but not a user's checkpoint-100-best
 _PARTIAL_CHECKPOINT = re.compile(r"\.checkpoint-[0-9]+\.(part|old)")  # left by a killed run
+
+Event = dict[str, Any]
 
 
 class RunDir:
@@ -326,3 +327,46 @@ def file_name(text: str) -> str:
     """
     name = slug(text).strip("-.")[:_LONGEST_NAME].rstrip("-.") or "lora"
     return f"lora-{name}" if _RESERVED.fullmatch(name.split(".")[0]) else name
+
+
+def append_event(path: Path, event: Mapping[str, Any]) -> None:
+    """Append one event and flush it."""
+    with open(path, "ab+") as handle:
+        if handle.tell() > 0:
+            handle.seek(-1, os.SEEK_END)
+            if handle.read() != b"\n":  # a power cut or a full disk truncated the last event
+                handle.write(b"\n")
+        handle.write(json.dumps(event).encode() + b"\n")
+
+
+def read_events(path: Path) -> list[Event]:
+    """Return all complete events so far, without truncated lines."""
+    if not path.exists():
+        return []
+    events = []
+    for line in path.read_bytes().splitlines():
+        with suppress(ValueError):
+            events.append(json.loads(line))
+    return events
+
+
+def apply_event(by_step: dict[int, Event], event: Event, kind: str) -> None:
+    """Add an event of this kind to `by_step`, keyed by the number of completed steps; the latest comes last.
+
+    A `resumed` event removes the events after the step that the run was resumed from.
+    """
+    if event["event"] == "resumed":
+        for later in [done for done in by_step if done > event["step"]]:
+            del by_step[later]
+    elif event["event"] == kind:
+        done = event["step"] + (kind == "step")  # only `step` events have an index, which starts at 0
+        by_step.pop(done, None)
+        by_step[done] = event
+
+
+def valid_events(events: Iterable[Event], kind: str) -> list[Event]:
+    """Return the valid events of a kind, one per step, ordered by step."""
+    by_step: dict[int, Event] = {}
+    for event in events:
+        apply_event(by_step, event, kind)
+    return [by_step[done] for done in sorted(by_step)]

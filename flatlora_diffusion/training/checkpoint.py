@@ -37,14 +37,7 @@ def start_run(state: TrainState) -> None:
 
 
 def restore_checkpoint(state: TrainState, name: str) -> int:
-    """Load a checkpoint into `state`.
-
-    Args:
-        state: a state built with the settings to resume with.
-        name: `checkpoint-STEP`, or `latest`.
-
-    Returns:
-        The next step to train.
+    """Load the checkpoint `name`, `checkpoint-STEP` or `latest`, and return the next step to train.
 
     Raises:
         ConfigError: the checkpoint does not exist, or settings, images, base or number of processes differ in a way
@@ -169,14 +162,9 @@ def load_state(state: TrainState, folder: Path) -> int:
 
 
 def load_best(state: TrainState, last: int) -> int:
-    """Load the weights of the checkpoint with the lowest held-out loss.
+    """Load the weights of the checkpoint with the lowest held-out loss, after `last` steps.
 
-    Args:
-        state: a run whose weights are those after `last` steps.
-        last: the number of steps done.
-
-    Returns:
-        The step of the weights in `state`: `last` without held-out losses, or if that step has the lowest.
+    Returns the step of the weights in `state`: `last` without held-out losses, or if that step has the lowest.
     """
     losses = state.run.holdout_losses()
     best = best_step(losses) if losses else last
@@ -220,7 +208,6 @@ def _manifest(state: TrainState) -> list[dict[str, Any]]:
 
 
 def _base_fingerprints(state: TrainState) -> dict[str, str]:
-    """The fingerprint of each model of the base."""
     parts = {"base": state.base.denoiser, **state.base.text_encoders, "vae": state.base.vae}
     return {name: base_fingerprint(part) for name, part in parts.items()}
 

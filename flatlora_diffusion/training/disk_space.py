@@ -58,7 +58,6 @@ def free_bytes(folder: Path) -> int:
 
 
 def _check_disk(uses: list[_DiskUse]) -> None:
-    """Check the uses of a single disk."""
     first, free = uses[0], free_bytes(uses[0].folder)
     needed = sum(use.size for use in uses)
     parts = ", ".join(f"{use.files} {in_gib(use.size)}" for use in uses)
@@ -72,7 +71,6 @@ def _check_disk(uses: list[_DiskUse]) -> None:
 
 
 def _warn_of_checkpoints(config: TrainConfig, need: DiskNeed) -> None:
-    """Warn if not all checkpoints fit."""
     run, steps = config.run, config.optim.max_train_steps
     if steps is None or not this_process().is_main_process:
         return
@@ -96,6 +94,5 @@ def _by_disk(uses: list[_DiskUse]) -> Iterator[list[_DiskUse]]:
 
 
 def _nearest_existing(folder: Path) -> Path:
-    """The folder, or its nearest parent that exists."""
     path = folder.absolute()
     return next(candidate for candidate in (path, *path.parents) if candidate.exists())

@@ -28,13 +28,7 @@ logger = logging.getLogger(__name__)
 
 
 def save_lora(state: TrainState, folder: Path, step: int, is_end: bool = False) -> dict[str, Any]:
-    """Write the LoRA files and verify them.
-
-    Args:
-        state: the run, with the weights to save.
-        folder: the run's folder or a checkpoint's.
-        step: the number of steps done.
-        is_end: whether the LoRA is the run's result.
+    """Write the LoRA files after `step` steps into the folder of the run (`is_end`) or a checkpoint, and verify them.
 
     Returns:
         The proof for events.jsonl: files, norms of the update, largest error.
@@ -52,7 +46,7 @@ def save_lora(state: TrainState, folder: Path, step: int, is_end: bool = False) 
     if not any(norms.values()):
         message = "the LoRA is zero: no step has changed it"
         if is_end and state.config.optim.learning_rate:
-            raise RunError(f"{message}; check --learning_rate and --lr_warmup_steps, then resume with more steps")
+            raise RunError(f"{message}; {_remedy_of_zero(state)}, then resume with more steps")
         logger.warning("%s", message)
     facts = replace(training_facts(state, step), conversion_note=conversion_note(state.config.adapter, missed))
     notes = (f"It needs the embeddings in {EMBEDDINGS_FILE}.",) if state.tokens else ()
@@ -109,3 +103,11 @@ def training_facts(state: TrainState, step: int) -> TrainingSummary:
         zero_terminal_snr=base.has_zero_terminal_snr,
         average=state.progress.average,
     )
+
+
+def _remedy_of_zero(state: TrainState) -> str:
+    """What to do if no step has changed the LoRA."""
+    skipped, scale = state.progress.skipped_steps, state.progress.loss_scale
+    if skipped:
+        return f"the gradients of the last {skipped} steps overflow in fp16, down to a loss scale of {scale:g}"
+    return "check --learning_rate and --lr_warmup_steps"

@@ -107,14 +107,7 @@ def non_finite_slots(state: TrainState, losses: list[Tensor]) -> list[int]:
 
 
 def non_finite_text(state: TrainState, step: int, quantity: str, slots: list[int]) -> str:
-    """The error message for a loss or gradient that is not finite.
-
-    Args:
-        state: the run.
-        step: the optimizer step.
-        quantity: "loss" or "gradient".
-        slots: the slots whose images the message names.
-    """
+    """The error message for a loss or gradient (`quantity`) that is not finite, with the images of these slots."""
     micro_batches = [(state.batches.samples_at(step, slot), state.batches.batch(step, slot).latents) for slot in slots]
     bad_latents = [name for samples, latents in micro_batches for name in nonfinite_names(latents, samples)]
     if bad_latents:

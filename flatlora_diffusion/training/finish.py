@@ -23,13 +23,9 @@ logger = logging.getLogger(__name__)
 
 
 def save_result(state: TrainState) -> Path:
-    """Save the LoRA with its sidecar, verify the files and finish the run.
+    """Save the LoRA with its sidecar, verify the files, finish the run and return the LoRA file for diffusers.
 
-    Returns:
-        The path of the LoRA file for diffusers.
-
-    Raises:
-        RunError: a file differs from the trained LoRA, or the LoRA is zero.
+    Raises RunError if a file differs from the trained LoRA, or the LoRA is zero.
     """
     if state.accelerator.is_main_process:
         run = state.run
@@ -50,10 +46,7 @@ def save_result(state: TrainState) -> Path:
 def present(state: TrainState, previews: Previews) -> None:
     """Make the last previews, the model card and the upload of a finished run.
 
-    Failures of previews and card are warnings.
-
-    Raises:
-        RunError: the upload failed.
+    Failures of previews and card are warnings. Raises RunError if the upload fails.
     """
     try:
         with ema_weights(state):

@@ -22,11 +22,7 @@ CHECK_RHO_RISE = 0.02  # small: the loss of random weights follows its gradient 
 def run_gpu_check(config: TrainConfig) -> list[Check]:
     """Train the first steps of `config` on the sample icons, with random weights in the shapes of its base.
 
-    Returns:
-        The results of the self-check.
-
-    Raises:
-        RunError: the device is out of memory.
+    Returns the results of the self-check. Raises RunError if the device is out of memory.
     """
     images = SAMPLES / "icons_3d"
     with tempfile.TemporaryDirectory() as folder:

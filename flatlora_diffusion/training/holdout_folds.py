@@ -13,10 +13,9 @@ from pathlib import Path
 from flatlora_diffusion.config import TrainConfig
 from flatlora_diffusion.data.dataset import SampleSet
 from flatlora_diffusion.data.sources import Fold, load_training_set, split_fold
-from flatlora_diffusion.families.device import this_process
 from flatlora_diffusion.storage.run_dir import RunDir
 from flatlora_diffusion.training.checkpoint import best_step
-from flatlora_diffusion.training.resolve_config import check_before_loading, resolve_before_loading
+from flatlora_diffusion.training.resolve_config import resolve
 from flatlora_diffusion.training.sub_runs import (
     check_stop,
     is_same_run,
@@ -34,31 +33,19 @@ TrainFold = Callable[[TrainConfig, RunDir, SampleSet, Fold], Path]
 def choose_steps_by_folds(
     requested: TrainConfig, run: RunDir, train_fold: TrainFold
 ) -> tuple[TrainConfig, SampleSet, int]:
-    """Train the folds and find the number of steps with the lowest mean held-out loss.
+    """Train the folds by `train_fold` and find the number of steps with the lowest mean held-out loss.
 
-    Args:
-        requested: the settings of the run on all images.
-        run: the folder of that run.
-        train_fold: trains a fold in its own folder.
-
-    Returns:
-        Settings, images and number of steps of the run on all images.
-
-    Raises:
-        ConfigError, RunError: as from a training.
-        StoppedError: a stop was requested.
+    Returns settings, images and number of steps of the run on all images. Raises as a training does.
     """
     start_time = time.monotonic()
-    config = resolve_before_loading(with_saved_seed(requested, run.fold(1)), run)
-    if this_process().is_main_process:
-        run.clean()
-    check_before_loading(config)
+    config = resolve(with_saved_seed(requested, run.fold(1)), run)
     images, count = load_training_set(config.data), config.data.holdout_folds
     sizes, losses = [], []
     for fold in (Fold(number, count) for number in range(1, count + 1)):
         training, heldout = split_fold(images.samples, *fold)
         fold_run, name = run.fold(fold.number), f"fold {fold.number} of {fold.of}"
-        fold_config = _fold_config(with_time_left(config, start_time), fold_run, len(heldout))
+        changes = {"holdout_folds": 0, "holdout_images": len(heldout), "checkpoints_total_limit": 1}
+        fold_config = sub_run_config(with_time_left(config, start_time), fold_run, **changes)
         is_same = is_same_run(fold_run, fold_config, training, heldout)
         if is_same and _is_complete(fold_run, fold_config):
             logger.info("%s: already trained in %s", name, fold_run.folder)
@@ -77,9 +64,7 @@ def choose_steps_by_folds(
 def mean_losses(losses: Sequence[Mapping[int, float]], sizes: Sequence[int]) -> dict[int, float]:
     """The mean held-out loss of all images by step, for the steps that all folds have measured.
 
-    Args:
-        losses: the held-out loss by step of each fold.
-        sizes: the number of images that each fold holds out.
+    `losses` has each fold's loss by step, `sizes` the number of images that each holds out.
     """
     steps = sorted(set(losses[0]).intersection(*losses[1:]))
     return {
@@ -95,10 +80,6 @@ def _best_step(losses: Sequence[Mapping[int, float]], sizes: Sequence[int]) -> i
     hint = "; it still fell at the end, so more --max_train_steps may be better" if best == max(means) else ""
     logger.info("the run on all images takes %d steps%s", best, hint)
     return best
-
-
-def _fold_config(config: TrainConfig, fold_run: RunDir, heldout: int) -> TrainConfig:
-    return sub_run_config(config, fold_run, holdout_folds=0, holdout_images=heldout, checkpoints_total_limit=1)
 
 
 def _is_complete(fold_run: RunDir, config: TrainConfig) -> bool:

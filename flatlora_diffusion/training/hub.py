@@ -25,14 +25,7 @@ MAX_NAME_LENGTH = 96
 
 
 def push_to_hub(run: RunDir, config: TrainConfig) -> str:
-    """Upload a run that has its model card; the run folder is unchanged.
-
-    Args:
-        run: the finished run.
-        config: its settings.
-
-    Returns:
-        The address of the repository.
+    """Upload a run that has its model card, and return the address; the run folder is unchanged.
 
     Raises:
         RunError: the upload failed; the message has the command to repeat it.
@@ -57,8 +50,7 @@ def push_to_hub(run: RunDir, config: TrainConfig) -> str:
 def hub_repository(config: TrainConfig) -> str:
     """The repository of the upload, with or without its owner: `hub_model_id`, or a name from that of the run folder.
 
-    Raises:
-        ConfigError: `hub_model_id` or `hub_token` is invalid.
+    Raises ConfigError if `hub_model_id` or `hub_token` is invalid.
     """
     name, token = config.run.hub_model_id, config.run.hub_token
     # The HTTP library's error message would contain the token.

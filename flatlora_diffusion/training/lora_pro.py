@@ -27,13 +27,7 @@ _MIN_EIGENVALUE = 1e-6  # relative to the largest; below is the fp32 rounding of
 
 
 class LoraPro(torch.optim.AdamW):
-    """AdamW with the gradients of LoRA-Pro.
-
-    Args:
-        groups: parameter groups of AdamW.
-        models: the models with the LoRA layers.
-        settings: other arguments of AdamW.
-    """
+    """AdamW with the gradients of LoRA-Pro for the LoRA layers of `models`."""
 
     def __init__(self, groups: Sequence[dict[str, Any]], models: Iterable[nn.Module], **settings: Any) -> None:
         super().__init__(groups, **settings)

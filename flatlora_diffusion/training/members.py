@@ -21,7 +21,6 @@ from flatlora_diffusion.config import TrainConfig
 from flatlora_diffusion.data.class_images import load_class_samples
 from flatlora_diffusion.data.dataset import Sample, SampleSet
 from flatlora_diffusion.data.sources import hold_out, load_training_set
-from flatlora_diffusion.families.device import this_process
 from flatlora_diffusion.lora_files.safe_reading import read_header
 from flatlora_diffusion.lora_tools.averaging import Average, average_updates
 from flatlora_diffusion.storage.rng import derive_seed
@@ -31,7 +30,7 @@ from flatlora_diffusion.training.finish import present, save_result
 from flatlora_diffusion.training.holdout import HeldoutLoss
 from flatlora_diffusion.training.image_losses import ImageLosses
 from flatlora_diffusion.training.previews import Previews
-from flatlora_diffusion.training.resolve_config import check_before_loading, resolve_before_loading, with_seed
+from flatlora_diffusion.training.resolve_config import resolve, with_seed
 from flatlora_diffusion.training.state import TrainState, prepare
 from flatlora_diffusion.training.sub_runs import (
     check_stop,
@@ -50,25 +49,12 @@ _DOWN, _UP = ".lora_A.weight", ".lora_B.weight"
 
 
 def train_members(requested: TrainConfig, run: RunDir, train_member: TrainMember) -> Path:
-    """Train all members and save their average.
+    """Train all members, each by `train_member` in its own folder, and save their average as the result of `run`.
 
-    Args:
-        requested: the settings of the run.
-        run: the folder of the run.
-        train_member: trains a member in its own folder.
-
-    Returns:
-        The path of the LoRA file for diffusers.
-
-    Raises:
-        ConfigError, RunError: as from a training.
-        StoppedError: a stop was requested.
+    Returns the path of the LoRA file for diffusers. Raises as a training does.
     """
     start_time = time.monotonic()
-    config = resolve_before_loading(with_first_seed(requested, run), run)
-    if this_process().is_main_process:
-        run.clean()
-    check_before_loading(config)
+    config = resolve(with_first_seed(requested, run), run)
     images = load_training_set(config.data)
     training, heldout = hold_out(images.samples, config.data.holdout_images)
     configs = member_configs(config, run)
@@ -88,12 +74,7 @@ def train_members(requested: TrainConfig, run: RunDir, train_member: TrainMember
 
 
 def member_configs(config: TrainConfig, run: RunDir) -> list[TrainConfig]:
-    """The settings of each member, without previews and upload.
-
-    Args:
-        config: settings with a seed, which is that of the first member; the others' seeds are derived from it.
-        run: the folder of the run.
-    """
+    """The settings of each member, without previews and upload; the first has the seed of `config`."""
     assert config.run.seed is not None
     assert config.average.members is not None
     seeds = [config.run.seed]
@@ -214,7 +195,6 @@ def _with_resolved(config: TrainConfig, resolved: TrainConfig) -> TrainConfig:
 
 
 def _pad_to_rank(updates: Updates, rank: int) -> Updates:
-    """The same updates with zeros added up to `rank`."""
     return {
         part: {module: _padded(update, rank - len(update.down)) for module, update in layers.items()}
         for part, layers in updates.items()

@@ -73,11 +73,7 @@ def _loss(state: TrainState, batch: Batch, noise: Tensor, timesteps: Tensor) -> 
 def prior_loss(state: TrainState, batch: Batch, noise: Tensor, timesteps: Tensor) -> Tensor:
     """The loss of W' + eps against the prediction of the base: prior preservation without class images.
 
-    Args:
-        state: the run.
-        batch: a batch with class prompts, without the trigger.
-        noise: the batch's noise, in the shape of its latents.
-        timesteps: the batch's timesteps.
+    The prompts of `batch` are class prompts, without the trigger.
     """
     model, objective = state.model, state.objective
     # The target is without eps: otherwise the LoRA would preserve a perturbed base.

@@ -28,14 +28,7 @@ KLEIN_4B = (KLEIN, KLEIN.replace("-base", ""))  # of one licence, unlike the 9B
 def write_model_card(
     run: RunDir, config: TrainConfig, pictures: Sequence[tuple[Path, str]], training: TrainingSummary
 ) -> Path:
-    """Write the run's README.md and return its path.
-
-    Args:
-        run: the run.
-        config: its settings, with resolution, steps and seed.
-        pictures: files in the run folder, each with its prompt.
-        training: facts about the run.
-    """
+    """Write the run's README.md and return its path; `pictures` are files in the run folder, each with its prompt."""
     labels, trigger_words = training.labels, training.trigger
     parts = [
         f"---\n{_card_data(run, config, pictures, labels).to_yaml()}\n---",
@@ -117,7 +110,6 @@ def _license(config: TrainConfig) -> str:
 
 
 def _base(config: TrainConfig) -> str:
-    """The base's name in the text."""
     name, family = portable_base_name(config), family_of(config.model).name
     return f"{'an' if family == 'SDXL' else 'a'} {family} base in a local folder" if name is None else _code(name)
 

@@ -44,8 +44,7 @@ def build_optimizer(
         processes: the number of processes, for --scale_lr.
         adapted: the models with LoRA layers, for LoRA-Pro.
 
-    Raises:
-        ConfigError: the package of the optimizer is not installed.
+    Raises ConfigError if the package of the optimizer is not installed.
     """
     optim = config.optim
     assert optim.max_train_steps is not None

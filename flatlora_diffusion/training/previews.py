@@ -35,13 +35,10 @@ class Previews:
             self._heldout = HeldoutLoss(state, images.samples)
 
     def make(self, name: str, step: int, is_over: Callable[[], bool] = lambda: False) -> None:
-        """Generate the images `images/NAME-0.png`, ... and measure the validation loss.
+        """Generate the images `images/NAME-0.png`, ... after `step` steps and measure the validation loss.
 
-        Args:
-            name: the beginning of the file names.
-            step: the number of steps done.
-            is_over: whether the run is to stop. Then no further image is generated and none is saved: a launcher kills
-                a run that does not end within its grace period.
+        Once `is_over` no further image is generated and none is saved: a launcher kills a run that does not end within
+        its grace period.
         """
         state = self._state
         if self._pictures:

@@ -11,8 +11,8 @@ from accelerate.utils import broadcast_object_list, parse_choice_from_env
 
 from flatlora_diffusion.adapter.lora import planned_loras
 from flatlora_diffusion.config import ADAPTERS, ConfigError, TrainConfig, settings_with
-from flatlora_diffusion.data.image_folders import check_folders_apart
 from flatlora_diffusion.data.schedule import Shape, build_schedule
+from flatlora_diffusion.data.sources import check_folders_apart
 from flatlora_diffusion.families.device import DTYPES, check_precision, this_process
 from flatlora_diffusion.families.registry import family_of
 from flatlora_diffusion.storage.atomic_io import check_writable
@@ -23,12 +23,20 @@ from flatlora_diffusion.training.preview_prompts import read_pictures
 logger = logging.getLogger(__name__)
 
 
+def resolve(requested: TrainConfig, run: RunDir) -> TrainConfig:
+    """The settings of a run with seed and precision, after all checks that need no model.
+
+    The main process deletes requests and partial files that an earlier run has left.
+    """
+    config = resolve_before_loading(requested, run)
+    if this_process().is_main_process:
+        run.clean()
+    check_before_loading(config)
+    return config
+
+
 def resolve_before_loading(config: TrainConfig, run: RunDir) -> TrainConfig:
     """Resolve seed and precision; if a run is resumed, also all settings that it has saved and `config` leaves open.
-
-    Args:
-        config: the requested settings.
-        run: the run's folder.
 
     Raises:
         ConfigError: the folder of a new run has other files or lies within the images, or there is no run to resume.
@@ -134,13 +142,7 @@ def resolve_after_loading(
 ) -> TrainConfig:
     """Resolve precision, resolution and number of steps: a pure and idempotent function.
 
-    Args:
-        config: settings with a seed.
-        precision: accelerate's precision.
-        resolution: pixels, as the base supports it.
-        size_step: pixels that sizes of images are multiples of.
-        images: the images to train on.
-        processes: the number of processes.
+    The sides of images are multiples of `size_step` pixels.
     """
     sized = config.replace(mixed_precision=precision, resolution=resolution)
     return sized.replace(max_train_steps=build_schedule(sized, images, size_step, processes).total_steps)

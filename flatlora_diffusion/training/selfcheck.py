@@ -20,8 +20,8 @@ from flatlora_diffusion.adapter.layers import base_weight
 from flatlora_diffusion.config import DEFAULT_SIGMA, TrainConfig
 from flatlora_diffusion.families.base import eval_mode
 from flatlora_diffusion.families.objective import diffusion_loss
+from flatlora_diffusion.method.draw import DRAW_RANK
 from flatlora_diffusion.method.flat_lora import FlatLora
-from flatlora_diffusion.method.low_rank_draw import DRAW_RANK
 from flatlora_diffusion.storage.rng import generator
 from flatlora_diffusion.storage.versions import PROGRAM, __version__
 from flatlora_diffusion.training.state import LossIncrease, TrainState, memory_in_use, seeded_dropout
@@ -39,14 +39,9 @@ _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 @dataclass(frozen=True)
 class Check:
-    """The result of a single check.
+    """The result of a single check: its key in events.jsonl, the result as text, and measured values.
 
-    Attributes:
-        name: its key in events.jsonl.
-        is_right: whether the check passed.
-        message: the result as text.
-        figures: the measured values, for events.jsonl.
-        is_of_settings: whether a failure is due to the run's settings and not to the device.
+    `is_of_settings`: a failure is due to the run's settings and not to the device.
     """
 
     name: str
@@ -74,7 +69,7 @@ def begin_self_check(state: TrainState) -> SelfCheck | None:
 
 
 class SelfCheck:
-    """Checks the first steps of a run and logs the results. An error in a check is logged and does not end the run."""
+    """Checks the first steps of a run and logs the results; an error in a check does not end the run."""
 
     def __init__(self, state: TrainState, is_complete: bool = True) -> None:
         self.checks: list[Check] = []

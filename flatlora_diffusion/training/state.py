@@ -29,10 +29,9 @@ from flatlora_diffusion.families.device import DTYPES
 from flatlora_diffusion.families.objective import Objective
 from flatlora_diffusion.families.registry import load_base
 from flatlora_diffusion.lora_files.metadata import portable_base_name
-from flatlora_diffusion.lora_files.reading import ImportedLora, load_init_lora
-from flatlora_diffusion.method.build import step_gradient
+from flatlora_diffusion.lora_files.reading import load_init_lora
 from flatlora_diffusion.method.flat_lora import FlatLora
-from flatlora_diffusion.method.gradient import GradientInputs, StepGradient
+from flatlora_diffusion.method.gradient import GradientInputs, StepGradient, step_gradient
 from flatlora_diffusion.storage.rng import derive_seed
 from flatlora_diffusion.storage.run_dir import RunDir
 from flatlora_diffusion.training.optimizer import build_optimizer
@@ -47,9 +46,7 @@ TRACKERS = {"tensorboard": "tensorboard", "wandb": "wandb", "comet_ml": "comet_m
 class LossIncrease:
     """How far SAM's perturbation increases a step's loss, relative to the loss.
 
-    Attributes:
-        measured: by the losses of the step.
-        expected: to first order, by rho and the gradient.
+    `measured` by the losses of the step, `expected` to first order, by rho and the gradient.
     """
 
     measured: float
@@ -92,11 +89,9 @@ class TrainState:
     Attributes:
         model: the module that the loss calls, as wrapped by accelerate.
         tokens: pivotal tuning's new tokens by placeholder.
-        base: the frozen base.
-        base_name: its name for files and other tools.
+        base_name: the base's name for files and other tools.
         ranks: AdaLoRA's budget of ranks.
         heldout: images of the run that are not trained on.
-        progress: the mutable part.
     """
 
     accelerator: Accelerator
@@ -162,18 +157,6 @@ class TrainState:
         end_trackers(self.accelerator)
 
 
-@dataclass(frozen=True)
-class Inputs:
-    """The loaded parts that a run is built from; `config` has nothing left open."""
-
-    config: TrainConfig
-    accelerator: Accelerator
-    base: Base
-    objective: Objective
-    initial: ImportedLora | None
-    base_name: str | None
-
-
 LoadBase = Callable[[ModelConfig, torch.device, torch.dtype], Base]
 
 
@@ -184,18 +167,20 @@ def prepare(
     heldout: Sequence[Sample] = (),
     load: LoadBase = load_base,
 ) -> TrainState:
-    """Load the base and build everything that a training step needs.
+    """Load the base by `load` and build everything that a training step needs.
 
-    Args:
-        config: settings with a seed; precision, resolution and steps may be open.
-        samples: the images to train on. In the state's samples pivotal tuning's new tokens replace the placeholders.
-        class_samples: the class images of prior preservation.
-        heldout: images of the run that are not trained on.
-        load: loads the base.
+    In the state's samples pivotal tuning's new tokens replace the placeholders. `class_samples` are for prior
+    preservation, `heldout` are images of the run that are not trained on.
     """
-    inputs = _load_inputs(config, samples, load)
-    config, accelerator, base = inputs.config, inputs.accelerator, inputs.base
-    pipeline, processes, optim = base.pipeline, accelerator.num_processes, config.optim
+    accelerator = _accelerator(config)
+    set_backends(config)
+    precision, processes = accelerator.mixed_precision, accelerator.num_processes
+    dtype = DTYPES[config.optim.base_dtype or precision]
+    base = load(config.model, CPU if config.model.is_unet_last else accelerator.device, dtype)
+    resolution = base.checked_resolution(config.data.resolution)
+    config = resolve_after_loading(config, precision, resolution, base.size_step, samples, processes)
+    pipeline, optim, init_lora = base.pipeline, config.optim, config.adapter.init_lora
+    initial = None if init_lora is None else load_init_lora(pipeline, Path(init_lora))  # before LoRA layers are added
     text_parts = base.family.text_parts
     total_steps = optim.max_train_steps
     assert config.run.seed is not None
@@ -204,8 +189,8 @@ def prepare(
     samples, class_samples = replace_in_captions(samples, tokens), replace_in_captions(class_samples, tokens)
     adapted = adapted_models(pipeline, config.adapter)
     trainable, embeddings = trainable_by_part(pipeline), embedding_parameters(pipeline)
-    if inputs.initial is not None:
-        load_initial(pipeline, inputs.initial.updates, inputs.initial.magnitudes)
+    if initial is not None:
+        load_initial(pipeline, initial.updates, initial.magnitudes)
     optimizer, lr_schedule = build_optimizer(config, trainable, embeddings.values(), processes, adapted.values())
     if config.model.is_unet_last:
         base.move((*text_parts, "vae"), accelerator.device)
@@ -224,7 +209,7 @@ def prepare(
         accelerator=accelerator,
         base=base,
         model=model,
-        objective=inputs.objective,
+        objective=base.objective(config.objective),
         trainable=trainable,
         optimizer=optimizer,
         lr_schedule=lr_schedule,
@@ -235,25 +220,10 @@ def prepare(
         ema=EMAModel(trainable.values(), decay=optim.ema_decay, foreach=True) if optim.use_ema else None,
         ranks=RankBudget(base.denoiser, total_steps) if config.adapter.adapter == "adalora" else None,
         tokens=tokens,
-        base_name=inputs.base_name,
+        base_name=portable_base_name(config),
         progress=Progress(config, step_gradient(gradient_inputs)),
         heldout=heldout,
     )
-
-
-def _load_inputs(config: TrainConfig, samples: Sequence[Sample], load: LoadBase) -> Inputs:
-    accelerator = _accelerator(config)
-    set_backends(config)
-    precision = accelerator.mixed_precision
-    dtype = DTYPES[config.optim.base_dtype or precision]
-    base = load(config.model, CPU if config.model.is_unet_last else accelerator.device, dtype)
-    init_lora = config.adapter.init_lora
-    initial = None if init_lora is None else load_init_lora(base.pipeline, Path(init_lora))
-    base_name = portable_base_name(config)
-    objective = base.objective(config.objective)
-    resolution = base.checked_resolution(config.data.resolution)
-    config = resolve_after_loading(config, precision, resolution, base.size_step, samples, accelerator.num_processes)
-    return Inputs(config, accelerator, base, objective, initial, base_name)
 
 
 @contextmanager

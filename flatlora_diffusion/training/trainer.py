@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import math
 import time
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -22,7 +23,7 @@ from flatlora_diffusion.config import RunError, StoppedError, TrainConfig
 from flatlora_diffusion.data.class_images import load_class_samples
 from flatlora_diffusion.data.dataset import Sample, SampleSet
 from flatlora_diffusion.data.sources import Fold, load_training_set, split_holdout
-from flatlora_diffusion.families.device import any_process, one_training, this_process
+from flatlora_diffusion.families.device import any_process, one_training
 from flatlora_diffusion.memory.preflight import log_memory
 from flatlora_diffusion.signals import Interrupted, describe_interruption, hold_signals
 from flatlora_diffusion.storage.hashing import DrawHash
@@ -40,7 +41,7 @@ from flatlora_diffusion.training.loss_scale import loss_scale
 from flatlora_diffusion.training.members import train_members
 from flatlora_diffusion.training.micro_batches import micro_batches
 from flatlora_diffusion.training.previews import Previews, is_due
-from flatlora_diffusion.training.resolve_config import check_before_loading, resolve_before_loading
+from flatlora_diffusion.training.resolve_config import resolve
 from flatlora_diffusion.training.selfcheck import begin_self_check
 from flatlora_diffusion.training.state import (
     LossIncrease,
@@ -100,15 +101,13 @@ def train_run(
     Args:
         requested: the settings, in which seed, precision, resolution and steps may be open.
         run: the folder of the run.
-        images: preloaded images; by default those of the settings.
+        images: by default those of the settings.
         fold: the cross-validation split whose images are held out.
         last_step: the step to stop after; by default all steps are trained.
-
-    Returns:
-        The path of the LoRA file for diffusers.
     """
     with describe_interruption(_nothing_trained):
-        config = _resolve(requested, run)
+        config = resolve(requested, run)
+        check_disk_space(config)
         images = load_training_set(config.data) if images is None else images
         logger.info(images.summary)
         samples, heldout = split_holdout(images.samples, config.data, fold)
@@ -124,16 +123,6 @@ def train_run(
                 path = save_result(state)
         _present(state, previews, stops, path)
     return path
-
-
-def _resolve(requested: TrainConfig, run: RunDir) -> TrainConfig:
-    """The settings with seed and precision, after all checks that need no model."""
-    config = resolve_before_loading(requested, run)
-    if this_process().is_main_process:
-        run.clean()
-    check_before_loading(config)
-    check_disk_space(config)
-    return config
 
 
 def _build(config: TrainConfig, samples: Sequence[Sample], heldout: Sequence[Sample]) -> TrainState:
@@ -280,7 +269,9 @@ def _update(state: TrainState, step: int, is_finite: bool) -> None:
         raise RunError(non_finite_text(state, step, "gradient", list(range(state.batches.slots))))
     if state.trains_tokens(step) and not was_skipped:
         rescale_embeddings(state.base.pipeline)
-    state.lr_schedule.step()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step")  # PyTorch's, if the first is skipped
+        state.lr_schedule.step()
     state.optimizer.zero_grad(set_to_none=True)
     if state.ema is not None and not was_skipped:
         state.ema.step(state.trainable.values())

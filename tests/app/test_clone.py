@@ -12,8 +12,7 @@ import pytest
 from PIL import Image
 
 from app.context import AppContext, make_context
-from app.dataset.removal import restore_removed
-from app.dataset.tab import load_samples_icons, prefer_upload, upload
+from app.dataset.tab import load_samples_icons, prefer_upload, restore_removed, upload
 from app.forms.forms import ConfigForm
 from app.runs_tab.clone import clone_run
 from app.runs_tab.tab import clone

@@ -30,7 +30,7 @@ from app.compare.tab import refresh, show_trained
 from app.compare.view import BETWEEN, BY_CHECKPOINT, BY_PROMPT, BY_STRENGTH, TO_BASE, CompareView, Form, Shown
 from app.compare.vote_view import VoteView
 from app.context import make_context
-from app.process.database import Database, Job, JobState, NewJob
+from app.process.database import NewJob
 from app.settings import AppSettings
 from app.widgets.messages import percent
 from app.widgets.theme import COLOURS
@@ -166,24 +166,6 @@ class Rows:
 
     def rows(self) -> list[SimpleNamespace]:
         return [SimpleNamespace(pictures=[(seed, place) for place in ("", "a", "b")]) for seed in (0, 1)]
-
-
-def test_the_queue_is_not_asked_for_each_picture(view: CompareView, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[tuple[str, ...]] = []
-    jobs = view.context.runs.database.jobs
-
-    def noted(_: Database, *states: JobState) -> list[Job]:
-        asked.append(states)
-        return jobs(*states)
-
-    monkeypatch.setattr(Database, "jobs", noted)
-    counts = []
-    for prompts in ("a", "a fox", "\n".join("bcdefghi")):  # the first look at the runs asks more
-        asked.clear()
-        view.draw(replace(FORM, prompts=prompts), "me")
-        view.show(replace(FORM, prompts=prompts))
-        counts.append(len(asked))
-    assert counts[1] == counts[2], counts
 
 
 def test_a_failed_drawing_is_told_with_its_reason(view: CompareView) -> None:

@@ -8,7 +8,6 @@ import io
 import json
 import re
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 
 import gradio as gr
@@ -17,12 +16,22 @@ from huggingface_hub import constants
 from PIL import Image
 
 from app.context import AppContext, make_context
-from app.dataset.bulk import END, FRONT, REMOVE, REPLACE, change_all, changed_captions
-from app.dataset.captioning import caption_all, caption_by_model, empty_captions, undo_captions, use_trigger
+from app.dataset.captioning import (
+    END,
+    FRONT,
+    REMOVE,
+    REPLACE,
+    caption_all,
+    caption_by_model,
+    change_all,
+    changed_captions,
+    empty_captions,
+    undo_captions,
+    use_trigger,
+)
 from app.dataset.cards import card_functions, cards_page
 from app.dataset.layout import build_intake
-from app.dataset.removal import remove_all
-from app.dataset.tab import load_samples_icons, show, upload
+from app.dataset.tab import load_samples_icons, remove_all, show, upload
 from app.dataset.thumbnails import Thumbnails, as_trained
 from app.dataset.view import DatasetView, Framing, fill_captions, load_view, training_size
 from app.forms.forms import ConfigForm, preset_settings
@@ -303,28 +312,6 @@ def test_images_are_shown_though_no_thumbnail_can_be_kept(context: AppContext, t
     (tmp_path / "file").touch()
     shown = load_view(context.uploads, Thumbnails(tmp_path / "file"), session, Framing("white", 32))
     assert shown.cards[0].picture.size == (32, 32)
-
-
-def test_no_two_pages_of_cards_are_alike_so_that_the_browser_draws_each(context: AppContext, tmp_path: Path) -> None:
-    session = session_of(context, tmp_path / "in", ("fox.png", (64, 64)))
-    view = view_of(context, session, tmp_path)
-    assert cards_page(view, session) != cards_page(view, session)
-
-
-@pytest.mark.parametrize(
-    ("name", "shown"),
-    [
-        ("ambulance.png", "ambulance<wbr>.png"),
-        ("beer-mug_2.jpg", "beer-<wbr>mug_<wbr>2<wbr>.jpg"),
-        ("<b>.png", "&lt;b&gt;<wbr>.png"),
-        ("no suffix", "no suffix"),
-    ],
-)
-def test_a_file_name_is_broken_where_a_reader_would(
-    context: AppContext, tmp_path: Path, name: str, shown: str
-) -> None:
-    view = view_of(context, session_of(context, tmp_path / "in", ("fox.png", (64, 64))), tmp_path)
-    assert f"<b>{shown}</b>" in cards_page(DatasetView([replace(view.cards[0], name=name)]), "session")
 
 
 def test_a_card_shows_names_and_captions_as_text(context: AppContext, tmp_path: Path) -> None:

@@ -200,6 +200,7 @@ def test_runs_that_do_not_go_together_are_refused_in_the_words_of_the_command(vi
     assert view.context.queue.jobs() == []
 
 
+@pytest.mark.long
 def test_a_failed_measurement_tells_the_sentence_of_the_command(view: FlatnessView) -> None:
     for run_id in PAIR:
         change_config(view, run_id, instance_data_dir="no/such/folder")

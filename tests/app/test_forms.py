@@ -13,7 +13,6 @@ from app.forms.labels import HINTS, LABELS, with_labels
 from flatlora_diffusion.config import (
     INCLUDED_BASES,
     KLEIN,
-    METHODS,
     SDXL,
     TINY,
     TINY_KLEIN,
@@ -37,22 +36,6 @@ def test_labels_and_help_name_no_flags(form: ConfigForm) -> None:
     for name, part in form.by_name.items():
         assert not re.search(r"_|--", part.label), name
         assert "--" not in part.info, (name, part.info)
-
-
-@pytest.mark.parametrize(
-    ("name", "label"),
-    [
-        ("lora_alpha", "LoRA alpha"),
-        ("use_dora", "DoRA"),
-        ("lr_warmup_steps", "LR warmup steps"),
-        ("class_data_dir", "Class data folder"),
-        ("max_grad_norm", "Max gradient norm"),
-        ("adam_epsilon", "Adam epsilon"),
-        ("gradient_checkpointing", "Gradient checkpointing"),
-    ],
-)
-def test_a_label_is_the_term_of_the_field(name: str, label: str) -> None:
-    assert LABELS[name] == label
 
 
 def test_every_setting_has_a_component_with_its_help_and_bounds(form: ConfigForm) -> None:
@@ -134,9 +117,3 @@ def test_a_wrong_value_is_one_sentence(form: ConfigForm, name: str, value: objec
 def test_an_error_names_settings_as_the_form_does(text: str, told: str) -> None:
     """What is quoted is the user's; words that are also names of settings stay."""
     assert with_labels(text) == told
-
-
-def test_each_rival_has_a_hint_in_plain_words() -> None:
-    hints = {name: row.hint for name, row in METHODS.items() if name not in ("lora", "flat-lora")}
-    assert not [name for name, hint in hints.items() if not 30 < len(hint) < 120]
-    assert not [name for name, hint in hints.items() if re.search(r"_|--|\beps\b|\bW\b", hint)]

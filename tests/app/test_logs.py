@@ -13,13 +13,6 @@ import pytest
 from app.server.logs import MAX_LINE_LENGTH, ShortLines, readable_log
 
 
-def fail(text: str) -> None:
-    try:
-        raise ValueError(text)
-    except ValueError:
-        traceback.print_exc()
-
-
 def test_lines_are_cut_however_they_are_written() -> None:
     written = io.StringIO()
     lines = ShortLines(written)
@@ -43,20 +36,6 @@ def test_lines_of_several_threads_stay_short() -> None:
     for thread in threads:
         thread.join()
     assert {len(line) for line in written.getvalue().splitlines()} == {MAX_LINE_LENGTH + 4}
-
-
-def test_a_traceback_is_printed_once_and_then_in_one_line(capsys: pytest.CaptureFixture[str]) -> None:
-    with readable_log():
-        for number in range(50):
-            fail(f"number {number}\nof a {'long ' * 1000}text")
-    told = capsys.readouterr().err.splitlines()
-    assert sum(line.startswith("Traceback") for line in told) == 1
-    again = [line for line in told if line.startswith("ValueError again, ")]
-    assert len(again) == 49
-    assert f"{__file__}:" in again[0]
-    assert "number 1 of a long" in again[0]
-    assert len(told) <= 49 + 6
-    assert max(map(len, told)) <= MAX_LINE_LENGTH + 4
 
 
 def test_what_is_logged_is_cut_too_and_all_is_as_before_after_it(capsys: pytest.CaptureFixture[str]) -> None:

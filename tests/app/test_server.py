@@ -50,7 +50,7 @@ class Target:
             (run / name).write_text(f"<script>alert('{SECRET}')</script>")
         (run / "link.txt").symlink_to(root / "outside/hidden.txt")
         (run / "linked").symlink_to(root / "outside")
-        self.app = RunningApp(root / "runs", "--data_dir", str(root / "data"), is_program=True)
+        self.app = RunningApp(root / "runs", "--data_dir", str(root / "data"))
         self.app.start()
         self.client = open_client(self.app.url, root / "downloads")
         self.session = str(call_endpoint(self.client, "/load_samples", __session="")[0])
@@ -98,7 +98,10 @@ def foreign(headers: dict[str, str], method: str, path: str, **body: Any) -> Cal
 
 def hostile_hosts() -> dict[str, Callable[[Target], bool]]:
     found: dict[str, Callable[[Target], bool]] = {}
-    for host in ("evil.example", "evil.example:7860", "127.0.0.1.evil.example", "localhost@evil.example"):
+    for host in (
+        *("evil.example", "evil.example:7860", "127.0.0.1.evil.example", "localhost.evil.example", "evil-localhost"),
+        *("localhost@evil.example", "evil.example#localhost", "127.0.0.1:7860:80", "192.168.0.5:7860"),
+    ):
         both = {"Host": host, "Origin": f"http://{host}"}
         found |= {
             f"page of {host}": foreign({"Host": host}, "GET", "/"),
@@ -116,7 +119,10 @@ def hostile_hosts() -> dict[str, Callable[[Target], bool]]:
 
 def hostile_origins() -> dict[str, Callable[[Target], bool]]:
     found: dict[str, Callable[[Target], bool]] = {}
-    for origin in ("http://evil.example", "null", "http://127.0.0.1:1", "http://localhost.evil.example", "file://"):
+    for origin in (
+        *("http://evil.example", "null", "", "file://", "chrome-extension://abc", "http://127.0.0.1:1"),
+        *("http://localhost.evil.example", "http://evil.example@127.0.0.1:7860"),
+    ):
         headers = {"Origin": origin}
         found |= {
             f"upload from {origin}": foreign(headers, "POST", "/gradio_api/upload", files={"files": b"x"}),
@@ -250,12 +256,11 @@ KINDS = {
     "setting": hostile_settings(),
     "name": hostile_names(),
 }
-REQUESTS = [(kind, name) for kind, requests in KINDS.items() for name in requests]
 
 
-@pytest.mark.parametrize(("kind", "name"), REQUESTS, ids=[f"{kind}: {name}" for kind, name in REQUESTS])
-def test_a_hostile_request_is_not_let_through(target: Target, kind: str, name: str) -> None:
-    assert not KINDS[kind][name](target)
+@pytest.mark.parametrize("kind", KINDS)
+def test_no_hostile_request_is_let_through(target: Target, kind: str) -> None:
+    assert [name for name, is_let_through in KINDS[kind].items() if is_let_through(target)] == []
 
 
 def test_it_listens_on_this_computer_alone(target: Target) -> None:
@@ -286,22 +291,7 @@ def test_the_page_a_link_to_it_and_programs_are_let_through(target: Target) -> N
     assert call_endpoint(target.client, "/upload", __session="", __files=[handle_file(icon)])[2] == ""
 
 
-def test_uploads_lie_in_a_folder_of_the_app_and_go_with_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path / "temporary"))
-    app = RunningApp(tmp_path / "runs")
-    try:
-        app.start()
-        told = httpx.post(f"{app.url}gradio_api/upload", files={"files": ("icon.png", b"x")}, timeout=HANGS)
-        (path,) = told.json()
-        assert Path(path).is_relative_to(tmp_path / "temporary")
-        assert Path(path).exists()
-        app.stop()
-        assert list((tmp_path / "temporary").iterdir()) == []
-    finally:
-        app.close()
-
-
-def test_an_app_that_starts_removes_the_uploads_of_a_killed_one(
+def test_uploads_lie_in_a_folder_of_the_app_and_go_with_it_or_at_the_next_start(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path / "temporary"))
@@ -310,6 +300,7 @@ def test_an_app_that_starts_removes_the_uploads_of_a_killed_one(
         app.start()
         told = httpx.post(f"{app.url}gradio_api/upload", files={"files": ("icon.png", b"x")}, timeout=HANGS)
         (path,) = told.json()
+        assert Path(path).is_relative_to(tmp_path / "temporary")
         psutil.Process(app.pid).kill()
         app.stop()
         assert Path(path).exists()
@@ -414,8 +405,7 @@ def test_a_schema_of_the_web_server_is_not_told_after_a_login_either(target: Tar
 
 
 def test_a_guesser_with_made_up_addresses_is_one_client_and_the_right_password_is_let_in(locked: Locked) -> None:
-    for number in range(7):
-        assert locked.log_in("wrong", f"10.0.0.{number}") == 400
+    assert locked.log_in("wrong", "10.0.0.1") == 400
     assert locked.log_in("right", "10.0.1.1") == 200
     assert locked.refuses_one_of([f"10.0.{number}.1" for number in range(14)])
 

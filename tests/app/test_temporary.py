@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from app.context import make_context
-from app.process.temporary_folders import remove_stale_folders, temporary_folder
+from app.process.temporary_folders import remove_stale_folders
 from app.settings import AppSettings
 
 ROOT = Path(__file__).parents[2]
@@ -49,14 +49,6 @@ def holder(tmp_path: Path) -> Iterator[Holder]:
     holder = Holder(tmp_path / "shared")
     yield holder
     holder.kill()
-
-
-def test_a_temporary_folder_is_gone_at_the_end(tmp_path: Path) -> None:
-    with temporary_folder(tmp_path) as folder:
-        (folder / "inner").mkdir()
-        assert folder.parent == tmp_path
-        assert sys.platform == "win32" or folder.stat().st_mode & 0o777 == 0o700
-    assert list(tmp_path.iterdir()) == []
 
 
 def test_the_folder_of_a_killed_app_is_removed_and_that_of_a_living_one_stays(holder: Holder, tmp_path: Path) -> None:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
-import shutil
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,22 +16,19 @@ from app.context import AppContext
 from app.dataset.captioning import empty_captions
 from app.dataset.tab import load_samples_icons
 from app.forms.forms import ConfigForm, preset_settings
-from app.forms.labels import LABELS
 from app.process.launch import Launch
-from app.runs.phase import CACHING, ENDING, LOADING, PREVIEWS, SAVING, STOPPING, TRAINING, phase_of
 from app.runs.progress import Progress
 from app.runs.runs import Run
-from app.runs.state import RunState
+from app.runs.state import CACHING, ENDING, LOADING, PREVIEWS, SAVING, STOPPING, TRAINING, RunState, phase_of
 from app.train.actions import run_action
 from app.train.estimates import estimate_disk
 from app.train.live_view import actions_for
 from app.train.tab import BOTH, PLAIN, apply_preset, live, start, start_with_room, summary
 from app.ui import build_app
-from app.widgets.loss_chart import loss_chart
+from app.widgets.loss_chart import loss_curves, run_colours, smooth
 from app.widgets.run_cards import run_card, training_lines
-from app.widgets.run_charts import loss_curves, run_colours, smooth
 from app.widgets.theme import COLOURS
-from flatlora_diffusion.config import METHODS, SAMPLES, TrainConfig
+from flatlora_diffusion.config import METHODS, TrainConfig
 from flatlora_diffusion.storage.run_dir import RunDir
 
 
@@ -242,50 +237,6 @@ def test_images_without_a_caption_are_told_before_the_start(context: AppContext)
     assert "46 steps; each image is seen about 8 times" in told
 
 
-@pytest.mark.parametrize("name", ["x" * 61, "right\u202eleft", "zero\u200bwidth"])
-def test_a_run_that_cannot_be_told_by_its_name_is_not_queued(context: AppContext, name: str) -> None:
-    form = ConfigForm()
-    session, *_ = load_samples_icons(context, "")
-    with pytest.raises(gr.Error, match="the name has"):
-        start(context, form, session, name, BOTH, *form.write({"max_train_steps": 2, "report_to": "none"}))
-    assert context.queue.jobs() == []
-
-
-@pytest.mark.parametrize("base", ["tiny", str(SAMPLES / "tiny_sdxl"), "random"])
-def test_the_tiny_base_is_called_what_it_is_before_the_start(context: AppContext, base: str) -> None:
-    session, *_ = load_samples_icons(context, "")
-    form, is_tiny = ConfigForm(), base != "random"
-    if not is_tiny:
-        base = str(shutil.copytree(SAMPLES / "tiny_sdxl", context.runs.folder / "own"))
-    told = summary(context, form, session, PLAIN, *form.write({"pretrained_model_name_or_path": base}))
-    assert ("base: the tiny demo base, 64 pixels;" in told) == is_tiny
-    assert ("choose another Base model" in told) == is_tiny
-    assert is_tiny or f"base: {base}, 64 pixels" in told
-
-
-def test_what_is_wrong_is_told_by_the_names_of_the_form(context: AppContext) -> None:
-    session, *_ = load_samples_icons(context, "")
-    form = ConfigForm()
-    for settings in ({"rank": 0}, {"use_8bit_adam": True, "optimizer": "prodigy"}, {"quantize_base": "nf3"}):
-        values = form.write({"report_to": "none", **settings})
-        told = summary(context, form, session, PLAIN, *values)
-        with pytest.raises(gr.Error) as error:
-            start(context, form, session, "one", PLAIN, *values)
-        for text in (told, str(error.value)):
-            assert not re.search("--|_", text), text
-            assert all(LABELS[name] in text for name in settings), text
-    make_run(context, "failed", "lora", [0.3])
-    run = replace(context.runs.get("failed"), state="failed", advice="rank=0 is out of range\nCorrect this setting")
-    assert "Rank = 0 is out of range" in run_card(run)
-
-
-def test_an_error_is_text_and_no_markup(context: AppContext) -> None:
-    form = ConfigForm()
-    values = form.write({"pretrained_model_name_or_path": "<b>x & y</b>", "report_to": "none"})
-    with pytest.raises(gr.Error, match="&lt;b&gt;x &amp; y&lt;/b&gt;"):
-        start(context, form, "", "run", BOTH, *values)
-
-
 def test_what_waits_is_moved_up_and_cancelled_from_its_card(context: AppContext) -> None:
     session, _, *_ = load_samples_icons(context, "")
     form = ConfigForm()
@@ -381,46 +332,6 @@ def test_a_pickle_is_refused_before_the_start_whatever_it_is_called(
     with pytest.raises(gr.Error, match="model"):
         start(context, form, session, "one", PLAIN, *values)
     assert context.queue.jobs() == []
-
-
-@pytest.mark.parametrize("name", ["diffusion_pytorch_model.bin", "diffusion_pytorch_model.safetensors"])
-@pytest.mark.parametrize("setting", ["pretrained_model_name_or_path", "pretrained_vae_model_name_or_path"])
-def test_a_folder_of_pickled_weights_is_refused_before_the_start(
-    context: AppContext, base: Path, setting: str, name: str
-) -> None:
-    session, *_ = load_samples_icons(context, "")
-    form = ConfigForm()
-    folder = context.runs.folder / "model"
-    shutil.copytree(base, folder)
-    (folder / "vae" / "diffusion_pytorch_model.safetensors").unlink()
-    torch.save({"a": torch.zeros(2)}, folder / "vae" / name)
-    given = folder if setting == "pretrained_model_name_or_path" else folder / "vae"
-    values = form.write({setting: str(given), "report_to": "none"})
-    assert name in summary(context, form, session, PLAIN, *values)
-    with pytest.raises(gr.Error, match=name):
-        start(context, form, session, "one", PLAIN, *values)
-    assert context.queue.jobs() == []
-
-
-@pytest.mark.parametrize("losses", [[0.5], [0.1, 0.1], [0.02, 3.0, 0.7], [0.0, 0.0], [-1e-9, 1e-9]])
-def test_a_curve_stays_inside_of_its_chart(losses: list[float]) -> None:
-    chart = loss_chart({"run": list(enumerate(losses))}, {"run": "#cf7600"}, "Loss", "")
-    path = re.search(r' d="M(.*?)"', chart)
-    assert path is not None
-    places = [tuple(map(float, one.split())) for one in path[1].split(" L")]
-    assert len(places) == len(losses)
-    assert all(58 <= x <= 630 and 10 <= y <= 236.1 for x, y in places), places
-
-
-@pytest.mark.parametrize(("steps", "ticks"), [(1, [0, 1]), (40, [0, 10, 20, 30, 40]), (150, [0, 50, 100, 150])])
-def test_a_curve_ends_at_its_number_of_steps_over_round_numbers(
-    context: AppContext, steps: int, ticks: list[int]
-) -> None:
-    make_run(context, "one", "lora", [0.3] * steps)
-    chart = loss_curves(context, [context.runs.get("one")]).value
-    shown = re.findall(r'text-anchor="middle">(\d+)</text>', chart)
-    assert list(map(int, shown)) == ticks
-    assert f"after step {steps}" in chart
 
 
 def test_a_curve_is_smoothed_over_a_tenth_of_the_run_and_has_few_points() -> None:

@@ -95,28 +95,3 @@ def test_nothing_waits_for_a_change_of_a_dropdown_for_many(page: gr.Blocks) -> N
     assert len(many) == 2
     heard = {target for one in page.fns.values() for target in one.targets}
     assert not heard & {(part, "change") for part in many}
-
-
-def takes_two(request: gr.Request, one: str, *values: str) -> None: ...
-def takes_it_late(one: str, request: gr.Request) -> None: ...
-def takes_it_named(*values: str, request: gr.Request) -> None: ...
-def takes_one(one: str) -> None: ...
-
-
-@pytest.mark.parametrize(
-    ("handler", "inputs", "why"),
-    [
-        (takes_two, 3, None),
-        (takes_two, 0, "missing a required argument: 'one'"),
-        (takes_it_late, 1, "must come first"),
-        (takes_it_named, 1, "must be positional"),
-        (functools.partial(takes_two), 1, "does not see"),
-        (takes_one, 2, "too many positional arguments"),
-        (functools.partial(takes_one, "x"), 1, "too many positional arguments"),
-        (functools.partial(takes_one, "x"), 0, None),
-    ],
-)
-def test_a_handler_that_cannot_be_called_is_found(handler: Callable[..., Any], inputs: int, why: str | None) -> None:
-    found = misfit(handler, inputs)
-    assert (found is None) == (why is None), found
-    assert why is None or (found is not None and why in found)

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import logging
-import shutil
 import subprocess
 import sys
 from importlib.metadata import version
@@ -24,13 +22,11 @@ from flatlora_diffusion.config import (
     TINY,
     TINY_KLEIN,
     CompareConfig,
-    GenerateConfig,
     RunError,
     TrainConfig,
 )
 from flatlora_diffusion.families.registry import family_of
 from flatlora_diffusion.flatness import report as flatness_report
-from flatlora_diffusion.storage.run_dir import RunDir
 
 
 @pytest.fixture
@@ -186,14 +182,6 @@ def test_without_a_verb_the_help_has_a_line_for_each(capsys: pytest.CaptureFixtu
     assert all(len(line) < 100 for line in lines)
 
 
-@pytest.mark.parametrize("verb", sorted(VERBS | {"app", "demo", "doctor"}))
-def test_usage_shows_the_command_as_users_type_it(capsys: pytest.CaptureFixture[str], verb: str) -> None:
-    with pytest.raises(SystemExit) as stop:
-        raise SystemExit(main([verb, "--help"]))
-    assert stop.value.code == 0
-    assert capsys.readouterr().out.startswith(f"usage: flatlora {verb} ")
-
-
 def test_the_demo_is_compare_with_the_demo_preset(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[tuple[TrainConfig, CompareConfig]] = []
 
@@ -280,31 +268,6 @@ def test_first_line_and_summary_of_a_verb_name_the_base(
     assert program.startswith("lora_tools") or TINY_IN_WORDS in capsys.readouterr().out
 
 
-def test_no_other_base_is_suggested_for_a_lora_whose_run_names_its_base(
-    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, lora: Path, tmp_path: Path
-) -> None:
-    run = RunDir(tmp_path)
-    shutil.copy(lora, tmp_path)
-    run.config_file.write_text(json.dumps(TrainConfig().to_dict()))
-    run.events_file.touch()
-    asked: list[GenerateConfig] = []
-
-    def draw(config: GenerateConfig) -> list[Path]:
-        asked.append(config)
-        return []
-
-    monkeypatch.setattr("flatlora_diffusion.gallery.gallery.generate", draw)
-    generate = ["generate", "--prompts", "fox", "--lora", str(tmp_path), "--clip_skip", "1"]
-    with caplog.at_level(logging.INFO):
-        assert main(generate) == 0
-        assert main([*generate, "--pretrained_model_name_or_path=tiny"]) == 0
-    assert [config.model.clip_skip for config in asked] == [1, 1]
-    of_run, given = caplog.messages
-    assert of_run == f"base: {TINY_IN_WORDS}"
-    assert given.startswith(of_run)
-    assert "--pretrained_model_name_or_path" in given
-
-
 def test_the_app_verb_names_the_missing_package(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -328,6 +291,7 @@ def test_flatness_lists_the_files_that_exist(
     assert f"Look at {listed} and strength.png in {tmp_path}" in capsys.readouterr().out
 
 
+@pytest.mark.long
 def test_importing_the_libraries_prints_nothing() -> None:
     program = (
         "import logging; logging.basicConfig(level=logging.INFO); "

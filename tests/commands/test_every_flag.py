@@ -109,12 +109,13 @@ OTHER_DEFAULTS = {"pretrained_model_name_or_path", "instance_prompt", "resolutio
 # What each run adds to a run of two steps; together they use every flag but those of NOT_RUN.
 RUNS: dict[str, str] = {
     "data": "--instance_prompt icon --repeats 2 --center_crop --random_flip --image_interpolation_mode bicubic "
-    "--dataloader_num_workers 2 --caption_dropout 0.5 --background_color #ff0000 --alpha_mask_loss",
+    "--dataloader_num_workers 2 --caption_dropout 0.5 --background_color #ff0000 --alpha_mask_loss "
+    "--shuffle_tags --keep_tags 1 --tag_dropout 0.5 --prediction_type v_prediction --zero_terminal_snr "
+    "--debiased_estimation",
     "buckets and caches": "--use_aspect_ratio_buckets --cache_latents --cache_text_embeddings "
     "--embedding_cache_dir OUT/cache --offload",
     "hugging face": "--dataset_name HF --caption_column text --image_column image --cache_dir OUT/hf "
     "--dataset_config_name default",
-    "tags": "--shuffle_tags --keep_tags 1 --tag_dropout 0.5 --offload",
     "dataset file": "--dataset_config OUT/data.toml",
     "prior": "--with_prior_preservation --class_data_dir OUT/class --class_prompt icon --num_class_images 2 "
     "--sample_batch_size 2 --prior_loss_weight 0.5 --prior_generation_precision fp32 --snr_gamma 5.0",
@@ -129,30 +130,25 @@ RUNS: dict[str, str] = {
     "--train_text_encoder_frac 0.5 --image_loss_draws 2 --lora_dropout 0.1 --lora_alpha 8 --use_rslora",
     "pivotal": "--train_text_encoder_ti --token_abstraction icon --num_new_tokens_per_abstraction 1 "
     "--train_text_encoder_ti_frac 0.5 --clip_skip 1",
-    "dora": "--use_dora --lora_unet_blocks mid_block --lora_block_ranks mid_block=2 --lora_target_modules attn+ff "
-    "--rank 3",
     "pissa": "--adapter pissa --pissa_iterations 2 --lora_plus_ratio 4 --method flat-lora",
-    "lora-ga": "--adapter lora-ga --lora_ga_steps 1",
     "adalora": "--adapter adalora --mixed_precision bf16 --offload",
     "full": "--adapter full --rank 8",
-    "bar": "--method nbar --bar_strength 0.5",
-    "sam": "--method sam --rho 0.1 --use_rslora",
+    "bar on a DoRA": "--method nbar --bar_strength 0.5 --use_dora --lora_unet_blocks mid_block --lora_block_ranks "
+    "mid_block=2 --lora_target_modules attn+ff --rank 3",
     "b-lora": "--use_blora --init_lora LORA",
-    "objective": "--do_edm_style_training --noise_offset 0.05 --loss_type huber --multires_noise_iterations 2 "
+    "objective": "--do_edm_style_training --noise_offset 0.05 --loss_type huber --adapter lora-ga "
+    "--lora_ga_steps 1 --multires_noise_iterations 2 "
     "--multires_noise_discount 0.5 --ip_noise_gamma 0.1 --min_timestep 10 --max_timestep 900",
-    "holdout": "--holdout_images 1 --holdout_patience 1 --checkpointing_steps 1",
-    "holdout folds": "--holdout_folds 2 --checkpointing_steps 1",
-    "average of members": "--members 2 --average_rank 3 --remove_members",
-    "velocity": "--prediction_type v_prediction --zero_terminal_snr --debiased_estimation",
-    "prior of the base": "--prior_from_base --class_prompt icon",
     "method": "--method flat-lora --sigma 0.05 --sigma_schedule down --sigma_ramp_steps 1 --perturb_seed 1 "
-    "--perturb_per step --perturb_noise iid --perturb_draw low_rank --perturb_norm_every 2 --lora_init_seed 3",
+    "--perturb_per step --perturb_noise iid --perturb_draw low_rank --perturb_norm_every 2 --lora_init_seed 3 "
+    "--prior_from_base --class_prompt icon",
     "previews": "--validation_prompt icon --num_validation_images 1 --validation_epochs 1 --validation_prompts_file "
     "PROMPTS --validation_data_dir ICONS --report_to tensorboard --logging_dir log --output_name mine",
-    "saving": "--checkpointing_steps 1 --checkpoints_total_limit 1 --output_kohya_format --max_train_seconds 600 "
-    "--local_rank 0 --selfcheck always --num_train_epochs 3 --save_dtype bf16",
-    "resume": "--resume_from_checkpoint latest --checkpointing_steps 1",
-    "vae": "--pretrained_vae_model_name_or_path BASE/vae --resolution 16 --train_batch_size 1",
+    "saving": "--holdout_images 1 --holdout_patience 1 --checkpointing_steps 1 --checkpoints_total_limit 1 "
+    "--output_kohya_format --max_train_seconds 600 --local_rank 0 --selfcheck always --num_train_epochs 3 "
+    "--save_dtype bf16",
+    "resume": "--resume_from_checkpoint latest --checkpointing_steps 1 --method sam --rho 0.1 "
+    "--pretrained_vae_model_name_or_path BASE/vae --resolution 16 --train_batch_size 1",
     "quantized": "--quantize_base torchao-int8",
 }
 NOT_RUN = {
@@ -162,6 +158,10 @@ NOT_RUN = {
     "enable_xformers_memory_efficient_attention": "xformers needs a GPU",
     "push_to_hub": "test_hub.py uploads to a hub on localhost",
     "hub_token": "test_hub.py",
+    "holdout_folds": "test_holdout_folds.py trains the folds",
+    "members": "test_members.py trains them",
+    "average_rank": "test_members.py",
+    "remove_members": "test_members.py",
     "weighting_scheme": "of flow matching; test_training.py of FLUX.2 klein runs it",
     "logit_mean": "tests/families/klein/test_objective.py",
     "logit_std": "test_training.py of FLUX.2 klein",
@@ -216,6 +216,7 @@ def places(base: Path, icons: Path, tmp_path: Path) -> dict[str, str]:
     }
 
 
+@pytest.mark.usefixtures("short_drawings")
 @pytest.mark.parametrize("name", RUNS)
 def test_every_flag_runs(name: str, places: dict[str, str], tmp_path: Path) -> None:
     for package, runs in {"bitsandbytes": "8-bit", "prodigyopt": "prodigy", "datasets": "hugging face"}.items():
@@ -229,7 +230,8 @@ def test_every_flag_runs(name: str, places: dict[str, str], tmp_path: Path) -> N
     if name == "b-lora":
         assert train_main([*start, *data, "--use_blora", "--output_dir", places["LORA"]]) == 0
     if name == "resume":
-        assert train_main([*start, *data, *output, "--checkpointing_steps", "1"]) == 0
+        first = [word.replace("BASE", places["BASE"]) for word in shlex.split(RUNS[name])[2:]]
+        assert train_main([*start, *data, *output, *first]) == 0
     if name == "dataset file":
         (tmp_path / "data.toml").write_text(f"[[datasets]]\n[[datasets.subsets]]\nimage_dir = '{places['ICONS']}'\n")
     line = RUNS[name]
@@ -285,6 +287,7 @@ def test_the_commands_of_the_upstream_readmes_parse(name: str) -> None:
     assert config.run.seed == 0
 
 
+@pytest.mark.usefixtures("short_drawings")
 @pytest.mark.parametrize(
     "name", ["dog", *(pytest.param(name, marks=pytest.mark.long) for name in README_COMMANDS if name != "dog")]
 )

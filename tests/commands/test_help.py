@@ -14,10 +14,6 @@ from flatlora_diffusion.commands.flags import flags_of
 from flatlora_diffusion.config import SAMPLES, CompareConfig, GenerateConfig, TrainConfig
 
 ROOT = Path(__file__).parents[2]
-OF_VERBS = {
-    "export": "FILE", "import": "FILE", "resize": "FILE", "inspect": "FILE", "caption": "FOLDER", "flatness": "RUN",
-    "average": "LORA",
-}  # fmt: skip
 
 
 def helped(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
@@ -52,27 +48,6 @@ def test_help_all_shows_every_flag_also_for_the_script(capsys: pytest.CaptureFix
         train_main([flag])
     assert flags_in(capsys.readouterr().out) == of_train
     assert flags_in(helped(capsys, "compare", flag)) == of_train | set(flags_of(CompareConfig()))
-
-
-def test_the_help_of_comparisons_shows_their_settings_and_the_output_folder(
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    shown = flags_in(helped(capsys, "compare", "--help"))
-    assert set(flags_of(CompareConfig())) | {"output_dir", "instance_data_dir", "preset"} <= shown
-    for verb, folder, seeds in (("demo", "outputs/demo", 1), ("evidence", "evidence", 1)):
-        text = helped(capsys, verb, "--help")
-        assert text.startswith(f"usage: flatlora {verb} ")
-        assert {"output_dir", "num_seeds"} <= flags_in(text)
-        words = " ".join(text.split())
-        assert f"default: {folder})" in words
-        assert f"default: {seeds})" in words
-    assert {"hours", "rehearse", "check", "gpu"} <= flags_in(helped(capsys, "evidence", "--help"))
-
-
-@pytest.mark.parametrize("verb", OF_VERBS)
-def test_the_usage_line_shows_words_without_a_flag(capsys: pytest.CaptureFixture[str], verb: str) -> None:
-    usage, *_ = helped(capsys, verb, "--help").splitlines()
-    assert usage.startswith(f"usage: flatlora {verb} {OF_VERBS[verb]} ")
 
 
 def test_the_help_of_each_flag_has_bounds_and_default(capsys: pytest.CaptureFixture[str]) -> None:

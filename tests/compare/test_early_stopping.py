@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from flatlora_diffusion.compare.early_stopping import advise
-from flatlora_diffusion.compare.trajectory import TrajectoryPoint
+from flatlora_diffusion.compare.trajectory import TrajectoryPoint, advise
 
 
 def run(*heldout: float, memorization: tuple[float, ...] = (), drift: tuple[float, ...] = ()) -> list[TrajectoryPoint]:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import getpass
 import json
+import math
+import os
 import platform
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -11,8 +13,12 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate import Accelerator
+from diffusers import StableDiffusionXLPipeline, UNet2DConditionModel
+from fp16_on_cpu import FIRST_SCALE, init_with_scaler
 from patience import HANGS
 from PIL import Image
+from safetensors.torch import load_file
 
 from flatlora_diffusion.commands.command_line import main
 from flatlora_diffusion.commands.train_flags import EVIDENCE, parse_comparison
@@ -24,11 +30,14 @@ from flatlora_diffusion.compare.forecast import Forecast
 from flatlora_diffusion.compare.rehearsal import disk_bytes, phases, rehearsal_lines
 from flatlora_diffusion.config import CompareConfig, ConfigError, EvidenceConfig, TrainConfig
 from flatlora_diffusion.memory.estimate import GIB, in_gib
+from flatlora_diffusion.storage.hashing import base_fingerprint
 from flatlora_diffusion.storage.run_dir import RunDir
-from flatlora_diffusion.storage.versions import PROGRAM
+from flatlora_diffusion.storage.versions import PROGRAM, __version__
 
 ROOT = Path(__file__).parents[2]
 NOTEBOOK = ROOT / "notebooks" / "evidence.ipynb"
+FP16_START = ROOT / "tests" / "fp16_start"
+STEPS = 10  # of the notebook's runs, several of which overflow
 
 
 def arguments(base: Path, icons: Path, tmp_path: Path) -> list[str]:
@@ -56,25 +65,68 @@ def arguments(base: Path, icons: Path, tmp_path: Path) -> list[str]:
 
 
 @pytest.mark.long
-def test_the_notebook_runs_from_top_to_bottom(base: Path, icons: Path, tmp_path: Path) -> None:
-    """In a kernel of its own, with trainings in processes of their own, in bf16: accelerate has no fp16 on a CPU."""
+def test_the_notebook_runs_from_top_to_bottom_in_fp16(
+    base: Path, icons: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a T4, with a base of variant fp16, a loss scale at which the first step overflows, and Colab's logging."""
     import nbformat
     from nbclient import NotebookClient
 
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(FP16_START), os.environ["PYTHONPATH"]]))
+    monkeypatch.setenv(FIRST_SCALE, str(2.0**26))
+    halves = base_in_halves(base, tmp_path / "base")
     notebook = nbformat.read(NOTEBOOK, as_version=4)
     (parameters,) = (cell for cell in notebook.cells if "parameters" in cell.metadata.get("tags", []))
-    own = [*arguments(base, icons, tmp_path), "--arms", "lora", "flat-lora", "--no_controls"]
-    own += ["--mixed_precision", "bf16"]
-    parameters.source += f"\nARGUMENTS = {own!r}"
+    own = [*arguments(halves, icons, tmp_path), "--variant", "fp16", "--max_train_steps", str(STEPS)]
+    own += ["--arms", "lora", "flat-lora", "--no_controls", "--gpu", "t4", "--mixed_precision", "fp16"]
+    own += ["--cache_latents", "--gradient_checkpointing", "--selfcheck", "always"]
+    parameters.source += f"\nARGUMENTS = {own!r}\nimport logging\nlogging.basicConfig()"
     NotebookClient(notebook, timeout=int(HANGS), resources={"metadata": {"path": str(tmp_path)}}).execute()
-    printed = [output.get("text", "") for cell in notebook.cells for output in cell.get("outputs", [])]
-    assert any("GPU memory" in text for text in printed)
-    assert printed[-1].startswith("| ")
-    content = read_evidence(tmp_path / "janes_run" / evidence.FILE)
+    printed = "".join(output.get("text", "") for cell in notebook.cells for output in cell.get("outputs", []))
+    for text in ("GPU memory", "Part 1 of 1", "Measured: ", f"{STEPS}/{STEPS}"):
+        assert text in printed, text
+    assert printed.splitlines()[-1].startswith("| ")
+    folder = tmp_path / "janes_run"
+    content = read_evidence(folder / evidence.FILE)
     assert {run["arm"] for run in content["runs"]} == {"lora", "flat-lora"}
-    assert content["settings"]["mixed_precision"] == "bf16"
+    assert content["settings"]["mixed_precision"] == "fp16"
+    assert content["settings"]["offload"]
+    unet = UNet2DConditionModel.from_pretrained(halves / "unet", variant="fp16", dtype=torch.float16)
+    fingerprint = base_fingerprint(unet.requires_grad_(False))
+    for figures in content["runs"]:
+        check_fp16_run(RunDir(folder / figures["arm"] / figures["seed"]), figures, fingerprint)
 
 
+def check_fp16_run(run: RunDir, figures: dict[str, Any], base: str) -> None:
+    """Assert that a run was as on a T4 and that its figures say so: fp16 base, fp32 LoRA, scaler, skipped steps."""
+    (start,) = (event for event in run.events() if event["event"] == "start")
+    assert start["base"] == figures["base"] == base
+    steps = run.steps()
+    scale = 2.0**26
+    for event in steps:  # each skipped step halves the scale of the next one
+        assert event["loss_scale"] == scale
+        scale /= 1 + event["is_skipped"]
+    skipped = [event["is_skipped"] for event in steps]
+    assert skipped[0]
+    assert not all(skipped)
+    assert (figures["skipped_steps"], figures["loss_scale"]) == (sum(skipped), steps[-1]["loss_scale"])
+    assert all(math.isfinite(event["loss"]) for event in steps)
+    assert figures["selfcheck"]
+    assert all(check["is_right"] for check in figures["selfcheck"])
+    (state,) = run.folder.glob("checkpoint-*/state.safetensors")
+    weights = {name: value for name, value in load_file(state).items() if "lora_" in name}
+    assert weights
+    assert all(value.dtype == torch.float32 and value.isfinite().all() for value in weights.values())
+
+
+def base_in_halves(base: Path, folder: Path) -> Path:
+    """Save `base` in fp16 with the file names of variant fp16, as SDXL is to be had."""
+    StableDiffusionXLPipeline.from_pretrained(base, dtype=torch.float16).save_pretrained(folder, variant="fp16")
+    return folder
+
+
+@pytest.mark.long
+@pytest.mark.usefixtures("short_drawings")
 def test_each_part_adds_to_the_one_before_and_its_figures_name_nobody(
     base: Path,
     icons: Path,
@@ -85,8 +137,9 @@ def test_each_part_adds_to_the_one_before_and_its_figures_name_nobody(
 ) -> None:
     parts = (Part("two arms", ("lora", "flat-lora")), Part("controls", ("lora", "flat-lora"), controls=True))
     monkeypatch.setattr("flatlora_diffusion.commands.command_line.PARTS", parts)
+    monkeypatch.setattr(Accelerator, "__init__", init_with_scaler)  # in fp16, as on a T4
     with caplog.at_level("INFO"):
-        assert main(["evidence", *arguments(base, icons, tmp_path)]) == 0
+        assert main(["evidence", *arguments(base, icons, tmp_path), "--mixed_precision", "fp16"]) == 0
     file = tmp_path / "janes_run" / evidence.FILE
     text, content = file.read_text(), read_evidence(file)
     for personal in ("jane", "passport", str(tmp_path), base.name, getpass.getuser(), platform.node()):
@@ -132,6 +185,25 @@ def test_a_part_that_would_end_too_late_does_not_start(
     assert PARTS[3].name in caplog.text
 
 
+def test_the_notebook_shows_what_the_program_prints_and_an_interruption_lets_it_end() -> None:
+    """Colab shows only what the notebook's own process prints, and an interruption reaches the program by itself."""
+    shown: list[str] = []
+
+    def show(text: str, end: str = "\n") -> None:
+        shown.append(text + end)
+        if len(shown) == 1:
+            raise KeyboardInterrupt
+
+    names: dict[str, Any] = {"print": show, "SOURCE": "."}
+    (cell,) = (cell for cell in cells() if "def flatlora" in cell)
+    exec(cell, names)
+    names["flatlora"]("--version")
+    assert f"{PROGRAM} {__version__}" in "".join(shown).replace("\nStopping after the current step\n", "")
+    with pytest.raises(AssertionError, match="last lines"):
+        names["flatlora"]("nonsense")
+    assert "flatlora has no verb 'nonsense'" in "".join(shown)
+
+
 @pytest.mark.parametrize("form", ["--output_dir {}", "--output_dir={}", "--output-dir={}"])
 def test_the_notebook_knows_each_form_of_the_flag(tmp_path: Path, form: str) -> None:
     (cell,) = (cell for cell in cells() if "parse_known_args" in cell)
@@ -146,6 +218,7 @@ def cells() -> list[str]:
     return ["".join(cell["source"]) for cell in notebook["cells"] if cell["cell_type"] == "code"]
 
 
+@pytest.mark.long
 def test_the_rehearsal_fits_a_t4_on_colab(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     config, options = parse_comparison(EVIDENCE, (*DEFAULTS, *BASE_FLAGS), [], EvidenceConfig())
@@ -213,6 +286,34 @@ def test_a_posted_file_has_a_row(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert main(["evidence", "--check", str(file)]) == 0
     row = "| Tesla T4 / 16 GB | 1.2 | 500 steps, 1 seed, fp16 | -0.00040 ± 0.00020 |  | 1.25 | 3.0 GiB |"
     assert capsys.readouterr().out.strip() == row
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("settings", []),
+        ("settings", {"max_train_steps": 500}),
+        ("values", {"lora": {"0": {"seconds_per_step": "1.25"}}}),
+        ("runs", [{"memory": int("9" * 400)}]),
+        ("paired", [{"arm": "flat-lora"}]),
+        ("seeds", 3),
+    ],
+)
+def test_a_file_with_other_values_than_its_schema_is_refused_in_a_sentence(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], key: str, value: Any
+) -> None:
+    file = tmp_path / "posted.json"
+    file.write_text(json.dumps(_posted() | {key: value}))
+    assert main(["evidence", "--check", str(file)]) == 2
+    said = capsys.readouterr().err.strip().splitlines()
+    assert len(said) == 1
+    assert f"schema {SCHEMA}" in said[0]
+
+
+def test_a_row_has_one_line_and_no_html() -> None:
+    row = report_row(_posted() | {"device": "a\n| b |\n<img src=x>"})
+    assert row.startswith("| a / b / &lt;img src=x&gt; | 1.2 |")
+    assert row.count("|") == len(COLUMNS) + 1
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from flatlora_diffusion.compare.losses import UNGROUPED, ImageSet, LossEvaluator, groups_of
+from flatlora_diffusion.config import RunError
 from flatlora_diffusion.data.dataset import load_samples
 from flatlora_diffusion.evaluation.probe import fixed_probe, probe_loss, probe_losses
 from flatlora_diffusion.families.sdxl.objective import SdxlObjective
@@ -80,3 +81,18 @@ def test_groups_come_from_the_metadata(icons: Path, tmp_path: Path) -> None:
     row = {"file_name": samples[1].id, "text": "x", "group": "faces"}
     (tmp_path / "metadata.jsonl").write_text(json.dumps(row) + "\n\n", encoding="utf-8")
     assert groups_of(tmp_path, samples) == [UNGROUPED, "faces", UNGROUPED]
+
+
+def test_losses_that_overflow_in_fp16_are_an_error_and_not_cached(
+    sdxl: Sdxl, evaluator: LossEvaluator, icons: Path, tmp_path: Path
+) -> None:
+    evaluator.losses(None)
+    before = list((tmp_path / "kept").iterdir())
+    for part in (sdxl.pipeline.unet, *sdxl.text_encoders.values()):
+        part.half()
+    sdxl.pipeline.unet.conv_out.bias.data += 65504  # the largest number of fp16
+    sdxl.pipeline.unet.conv_out.weight.data *= 1000
+    overflowing = LossEvaluator(sdxl, SdxlObjective(sdxl.scheduler), evaluator.sets, 32, tmp_path / "kept")
+    with pytest.raises(RunError, match=r"the base .* icons .* float16.*--mixed_precision"):
+        overflowing.losses(None)
+    assert list((tmp_path / "kept").iterdir()) == before

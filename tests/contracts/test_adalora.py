@@ -18,8 +18,7 @@ from flatlora_diffusion import FlatLora
 from flatlora_diffusion.adapter.adalora import RankBudget, orthogonality
 from flatlora_diffusion.adapter.layers import ADAPTER
 from flatlora_diffusion.config import DrawKind, PerturbConfig
-from flatlora_diffusion.method.build import step_gradient
-from flatlora_diffusion.method.gradient import GradientInputs
+from flatlora_diffusion.method.gradient import GradientInputs, step_gradient
 
 STEPS = 20
 

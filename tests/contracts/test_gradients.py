@@ -51,8 +51,9 @@ def assert_close(
         assert (result[1][name] - gradient).norm() <= tolerance * gradient.norm() + floor, name
 
 
-@pytest.mark.parametrize("name", CASES)
-@pytest.mark.parametrize("noise", ["filter", "iid"])
+@pytest.mark.parametrize(
+    ("name", "noise"), [*((name, "filter") for name in CASES), ("toy", "iid"), ("unet_conv", "iid")]
+)
 def test_loss_and_gradients_equal_those_of_noise_added_to_the_weights_by_hand(name: str, noise: NoiseKind) -> None:
     case = CASES[name]()
     clean = copy.deepcopy(case.model)
@@ -252,14 +253,15 @@ def test_gradients_are_the_same_with_either_kind_of_checkpointing(reentrant: boo
     assert_close(perturbed(case, flat, step=5), expected, tolerance=1e-6)
 
 
-@pytest.mark.parametrize("how", ["sigma", "override", "first step of a ramp"])
 @pytest.mark.parametrize("name", ["toy", "unet_conv", "klein"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-def test_without_sigma_loss_and_gradients_are_bit_equal_to_plain_lora(name: str, how: str, dtype: torch.dtype) -> None:
+def test_without_sigma_loss_and_gradients_are_bit_equal_to_plain_lora(name: str, dtype: torch.dtype) -> None:
     case = CASES[name](Adapter(dtype=dtype))
     plain = loss_and_gradients(case)
-    flat = FlatLora(case.model, sigma=0.0 if how == "sigma" else SIGMA, schedule="cosine", total_steps=10)
-    with flat.perturb(step=0 if how == "first step of a ramp" else 3, sigma=0.0 if how == "override" else None):
-        result = loss_and_gradients(case)
-    assert torch.equal(result[0], plain[0])
-    assert all(torch.equal(result[1][key], plain[1][key]) for key in plain[1])
+    for how in ("sigma", "override", "first step of a ramp"):
+        flat = FlatLora(case.model, sigma=0.0 if how == "sigma" else SIGMA, schedule="cosine", total_steps=10)
+        with flat.perturb(step=0 if how == "first step of a ramp" else 3, sigma=0.0 if how == "override" else None):
+            result = loss_and_gradients(case)
+        flat.detach()
+        assert torch.equal(result[0], plain[0]), how
+        assert all(torch.equal(result[1][key], plain[1][key]) for key in plain[1]), how

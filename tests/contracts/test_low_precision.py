@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import copy
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from lora_by_hand import add_to_base, all_noise, distance, gradients, lora_layers
-from safetensors.torch import load_file
 from tiny_models import CASES, Adapter, Case, normal, toy_case
+from tiny_runs import trained
 from torch import Tensor, nn
 
 from flatlora_diffusion import FlatLora
 from flatlora_diffusion.config import TrainConfig, for_method
-from flatlora_diffusion.training.trainer import train
 
 pytestmark = pytest.mark.usefixtures("draw")
 
@@ -29,6 +27,9 @@ LOW_PRECISION = {
     "autocast fp16": (Adapter(), torch.float16),
     "bf16 base, fp32 lora, autocast": (Adapter(dtype=torch.bfloat16, lora_dtype=torch.float32), torch.bfloat16),
 }
+# A base in half precision and autocast from fp32 each have one of the two half precisions; the others are long.
+SHORT = ("bf16", "autocast fp16", "bf16 base, fp32 lora, autocast")
+PRECISIONS = [*SHORT, *(pytest.param(name, marks=pytest.mark.long) for name in LOW_PRECISION if name not in SHORT)]
 
 
 def run_low(case: Case, model: nn.Module, compute: torch.dtype | None) -> tuple[Tensor, dict[str, Tensor]]:
@@ -45,7 +46,7 @@ def squared_distances(case: Case, low: tuple[Tensor, dict[str, Tensor]], exact: 
     return [float((low[0] - output).norm() / output.norm()) ** 2, distance(low[1], slopes) ** 2]
 
 
-@pytest.mark.parametrize("precision", LOW_PRECISION)
+@pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize(
     ("name", "models"),
     [
@@ -92,7 +93,7 @@ def test_small_noise_is_not_lost_to_the_rounding_of_half_precision_weights(dtype
     assert (fitted - expected).norm() < 0.1 * expected.norm()
 
 
-@pytest.mark.parametrize("precision", LOW_PRECISION)
+@pytest.mark.parametrize("precision", PRECISIONS)
 def test_every_layer_keeps_the_output_dtype_of_plain_lora(precision: str) -> None:
     adapter, compute = LOW_PRECISION[precision]
     case = CASES["unet_conv"](adapter)
@@ -108,15 +109,14 @@ def test_every_layer_keeps_the_output_dtype_of_plain_lora(precision: str) -> Non
     assert seen == plain
 
 
-@pytest.mark.parametrize("method", ["lora-sam", "sam", "flat-lora"])
+@pytest.mark.parametrize("method", ["lora-sam", "sam", pytest.param("flat-lora", marks=pytest.mark.long)])
 def test_no_pass_takes_a_cast_of_weights_from_the_cache_of_another(
-    config: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str
+    config: TrainConfig, monkeypatch: pytest.MonkeyPatch, method: str
 ) -> None:
     """Autocast keeps its casts of A and B; SAM's second pass has other ones, and so has the next step."""
-    config = config.replace(**for_method(method), mixed_precision="bf16", max_train_steps=2)
-    cached = load_file(train(config.replace(output_dir=str(tmp_path / "cached"))))
+    config = config.replace(**for_method(method), mixed_precision="bf16")
+    cached = trained(config, steps=2).trainable
     monkeypatch.setattr(torch, "is_autocast_cache_enabled", lambda: False)
     assert not torch.autocast("cpu")._cache_enabled
-    plain = load_file(train(config.replace(output_dir=str(tmp_path / "plain"))))
-    for name, value in plain.items():
+    for name, value in trained(config, steps=2).trainable.items():
         assert torch.equal(cached[name], value), name

@@ -24,8 +24,7 @@ from torch import Tensor, nn
 
 from flatlora_diffusion import FlatLora
 from flatlora_diffusion.config import DrawKind
-from flatlora_diffusion.method.gradient import weights_shifted
-from flatlora_diffusion.method.low_rank_draw import DRAW_RANK
+from flatlora_diffusion.method.draw import DRAW_RANK
 from flatlora_diffusion.method.rivals.sam import LoraSam
 from flatlora_diffusion.method.rivals.weight_gradients import read_weight_gradients
 
@@ -75,32 +74,6 @@ def slopes(case: Case) -> dict[str, Tensor]:
     return {name: gradient.flatten(1) for name, gradient in zip(lora_layers(case.model), gradients, strict=True)}
 
 
-def test_moving_a_and_b_moves_w_prime_by_three_terms() -> None:
-    case = toy_case()
-    before = merged(case)
-    steps = {
-        factor: 0.3 * normal(20 + place, *factor.shape) for place, factor in enumerate(sum(factors(case).values(), ()))
-    }
-    with weights_shifted(steps):
-        after = merged(case)
-    for name, (down, up) in factors(case).items():
-        a, b, eps_a, eps_b = matrices(down, up, steps[down], steps[up])
-        terms = [scale(case, name) * term for term in (b @ eps_a, eps_b @ a, eps_b @ eps_a)]
-        whole = terms[0] + terms[1] + terms[2]
-        torch.testing.assert_close(after[name] - before[name], whole, rtol=1e-4, atol=1e-5)
-        assert min(term.norm() for term in terms) > 0.05 * whole.norm(), "a term is too small to be missed"
-
-
-def test_the_gradients_of_a_and_b_are_those_of_w_prime_through_the_other_factor() -> None:
-    case = toy_case()
-    gradients = slopes(case)
-    for name, (down, up) in factors(case).items():
-        a, b, grad_a, grad_b = matrices(down, up, down.grad, up.grad)
-        torch.testing.assert_close(grad_a, scale(case, name) * b.mT @ gradients[name], rtol=1e-4, atol=1e-6)
-        torch.testing.assert_close(grad_b, scale(case, name) * gradients[name] @ a.mT, rtol=1e-4, atol=1e-6)
-        assert min(grad_a.norm(), grad_b.norm()) > 1e-4, "too small to tell"
-
-
 def ascent(case: Case) -> tuple[dict[str, Tensor], dict[str, Tensor], float]:
     """eps_W of a step of SAM over A and B as it acts, G at the weights, and c."""
     gradients = slopes(case)
@@ -135,7 +108,7 @@ def test_while_b_is_zero_sam_over_a_and_b_reaches_the_row_space_of_a_alone() -> 
         assert (g @ inside).norm() < 0.9 * g.norm(), "here the steepest way in W' itself lies there too"
 
 
-@pytest.mark.parametrize("width", [64, 256, 1024, 4096])
+@pytest.mark.parametrize("width", [64, 1024, *(pytest.param(width, marks=pytest.mark.long) for width in (256, 4096))])
 @pytest.mark.parametrize(("draw", "draws"), [("full", 400), ("low_rank", 2000)])
 def test_the_variance_that_eps_adds_to_activations_is_the_same_at_every_width(
     draw: DrawKind, draws: int, width: int
@@ -186,33 +159,13 @@ def smoothed_curvature(y: float, sigma: float) -> float:
     return BETA * (inside[0] - inside[1]) / 2
 
 
-@pytest.mark.parametrize("sigma", [0.001, 0.03, *SIGMAS, 3.0, 100.0])
-def test_the_gradient_of_the_smoothed_loss_is_lipschitz_with_the_constant_of_lemma_3_1(sigma: float) -> None:
-    """The toy's closed form, which the next test holds FlatLora to.
-
-    Lemma 3.1: of an alpha-Lipschitz, beta-smooth loss the mean under Gaussian noise of std sigma is
-    min(alpha / sigma, beta)-smooth.
-
-    beta is attained where the noise is small. Where it is large sqrt(2 / pi) alpha / sigma is, the most that any
-    alpha-Lipschitz loss of one direction can have, as its curvature is E[L'(y + sigma z) z] / sigma.
-    """
-    curvatures = [smoothed_curvature(0.01 * place, sigma) for place in range(-500, 501)]
-    bound = min(ALPHA / sigma, BETA)
-    assert min(curvatures) >= 0
-    assert max(curvatures) <= bound * (1 + 1e-12)
-    if sigma < ALPHA / BETA / 2.9:
-        assert max(curvatures) > 0.99 * BETA
-    if sigma > 5 * ALPHA / BETA:
-        assert max(curvatures) == pytest.approx(math.sqrt(2 / math.pi) * ALPHA / sigma, rel=0.01)
-
-
-@pytest.mark.parametrize("sigma", SIGMAS)
+@pytest.mark.parametrize("sigma", [0.3, *(pytest.param(one, marks=pytest.mark.long) for one in SIGMAS if one != 0.3)])
 def test_flat_lora_trains_on_the_smoothed_loss_of_lemma_3_1(sigma: float) -> None:
     """W' = W + b x^T with W orthogonal to x, so that b and -b have one ||W'|| and so one std of eps x.
 
     With common draws a slope between the two is in [0, BETA], so its variance is at most mean * (BETA - mean).
     """
-    width, step, draws = 16, 0.01, 2000
+    width, step, draws = 16, 0.01, 1000
     x = torch.nn.functional.one_hot(torch.tensor([3]), width).float()
     with seeded(0):
         model: Any = get_peft_model(

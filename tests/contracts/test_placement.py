@@ -69,13 +69,12 @@ def step(base: Path, objective: SdxlObjective, draw: str, adapter: AdapterConfig
     return [tensor.grad for tensor in unet.parameters() if tensor.requires_grad and tensor.grad is not None]
 
 
-@pytest.mark.parametrize("kind", ["full", "low_rank"])
 @pytest.mark.parametrize(
-    "settings",
+    ("kind", "settings"),
     [
-        {},
-        {"snr_gamma": 5.0, "loss_type": "huber", "noise_offset": 0.1},
-        {"multires_noise_iterations": 3, "ip_noise_gamma": 0.1, "min_timestep": 5},
+        ("full", {}),
+        ("full", {"snr_gamma": 5.0, "loss_type": "huber", "noise_offset": 0.1}),
+        ("low_rank", {"multires_noise_iterations": 3, "ip_noise_gamma": 0.1, "min_timestep": 5}),
     ],
     ids=str,
 )

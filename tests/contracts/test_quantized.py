@@ -22,8 +22,6 @@ from torch import Tensor, nn
 
 from flatlora_diffusion import FlatLora
 
-pytestmark = pytest.mark.usefixtures("draw")
-
 PACKAGES = {"nf4": "bitsandbytes", "int8": "bitsandbytes", "torchao-int8": "torchao"}
 TARGETS = {"unet": (*ATTENTION, "ff.net.0.proj", "proj_in"), "klein": KLEIN_LAYERS}
 
@@ -94,13 +92,7 @@ def quantized_bytes(case: Case) -> dict[str, Tensor]:
     return stored
 
 
-def test_a_quantized_layer_is_adapted_by_peft_s_class_for_it(kind: str) -> None:
-    case, plain = cases(kind)
-    expected = {"nf4": "Linear4bit", "int8": "Linear8bitLt", "torchao-int8": "TorchaoLoraLinear"}[kind]
-    assert {type(layer).__name__ for layer in lora_layers(case.model).values()} == {expected}
-    assert {type(layer).__name__ for layer in lora_layers(plain.model).values()} == {"Linear"}
-
-
+@pytest.mark.usefixtures("draw")
 @pytest.mark.parametrize("denoiser", DENOISERS)
 def test_loss_and_gradients_are_those_of_the_dequantized_weights_plus_noise(kind: str, denoiser: str) -> None:
     case, plain = cases(kind, denoiser)
@@ -120,11 +112,14 @@ def test_loss_and_gradients_are_those_of_the_dequantized_weights_plus_noise(kind
 
 def test_filter_norms_are_those_of_the_dequantized_weights_with_lora(kind: str) -> None:
     case, plain = cases(kind)
+    expected = {"nf4": "Linear4bit", "int8": "Linear8bitLt", "torchao-int8": "TorchaoLoraLinear"}[kind]
+    assert {type(layer).__name__ for layer in lora_layers(case.model).values()} == {expected}, "PEFT's own class"
     flat = FlatLora(case.model)
     for name, layer in lora_layers(plain.model).items():
         torch.testing.assert_close(flat.filter_norms(name), merged_weight(layer).norm(dim=1), rtol=1e-4, atol=0)
 
 
+@pytest.mark.usefixtures("draw")
 @pytest.mark.parametrize("denoiser", DENOISERS)
 def test_the_quantized_weights_are_bit_identical_after_perturbed_steps(kind: str, denoiser: str) -> None:
     case, _ = cases(kind, denoiser)
@@ -148,6 +143,7 @@ def test_the_quantized_weights_are_bit_identical_after_perturbed_steps(kind: str
     assert not any(torch.equal(a, b) for a, b in zip(lora, trainable, strict=True))
 
 
+@pytest.mark.usefixtures("draw")
 def test_a_step_dequantizes_no_weight(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     case, _ = cases(kind)
     flat = FlatLora(case.model, schedule="constant")
@@ -183,6 +179,7 @@ def test_norms_leave_a_half_precision_bias_as_it_is(kind: str) -> None:
     assert flat.layers["layer"].get_base_layer().bias.dtype == torch.bfloat16
 
 
+@pytest.mark.usefixtures("draw")
 def test_fp32_inputs_under_autocast_are_computed_and_differentiated_in_its_precision(kind: str) -> None:
     """CUDA's autocast runs LayerNorm in fp32, so the query's layer sees fp32; backward runs outside of autocast."""
     model: Any = nn.ModuleDict({"layer": quantize(nn.Linear(24, 32).requires_grad_(False), kind)})

@@ -18,8 +18,7 @@ from flatlora_diffusion import FlatLora
 from flatlora_diffusion.adapter.layers import ADAPTER
 from flatlora_diffusion.adapter.svd_start import ANCHOR, add_anchor, start_at_gradients, start_pissa
 from flatlora_diffusion.config import AdapterConfig, PerturbConfig
-from flatlora_diffusion.method.build import step_gradient
-from flatlora_diffusion.method.gradient import GradientInputs, StepGradient
+from flatlora_diffusion.method.gradient import GradientInputs, StepGradient, step_gradient
 from flatlora_diffusion.method.rivals import sam, sketch
 from flatlora_diffusion.method.rivals.bi_lora import BiLora
 from flatlora_diffusion.method.rivals.weight_gradients import read_weight_gradients

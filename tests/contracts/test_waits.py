@@ -14,6 +14,7 @@ import torch
 from accelerate.optimizer import AcceleratedOptimizer
 from tiny_runs import samples_of
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -83,6 +84,22 @@ class ReadableMeta(TorchDispatchMode):
         self._is_busy = False
 
 
+class OwnGenerators(TorchFunctionMode):
+    """Refuses operators that fill a tensor from a generator of another device, which `meta` lets pass."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.draws = 0
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        output = func(*args, **(kwargs or {}))
+        generator = (kwargs or {}).get("generator")
+        if isinstance(generator, AnyDevice):
+            assert output.device == generator.device, f"{func.__name__} has a generator of another device"
+            self.draws += 1
+        return output
+
+
 def _caller() -> str:
     frame: Any = sys._getframe(2)
     while not frame.f_code.co_filename.startswith(PACKAGE):
@@ -98,7 +115,7 @@ def waits_of(config: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> Callable[.
         changed = config.replace(
             **{**for_method(settings["method"]), "cache_latents": True, "lora_target_modules": "to_q", **settings}
         )
-        with ReadableMeta() as device:
+        with ReadableMeta() as device, OwnGenerators() as generators:
             state = prepare(changed, samples_of(changed), load=lambda model, _, dtype: random_sdxl(model, META, dtype))
             if scaler is not None:
                 state = with_scaler(state, scaler, monkeypatch)
@@ -106,6 +123,7 @@ def waits_of(config: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> Callable[.
             train_step(state, 0)  # copies the noise schedule to the device
             device.waits.clear()
             train_step(state, 1)
+        assert generators.draws >= 6, "latents, noise and timesteps of each step"
         return device.waits
 
     monkeypatch.setattr(torch, "Generator", AnyDevice)
@@ -162,3 +180,10 @@ def test_a_device_read_within_a_pass_is_detected(
 
     monkeypatch.setattr(micro_batches, "diffusion_loss", with_a_read)
     assert waits_of(method="lora") == [*BATCH, "forward", "micro_batches", "trainer"]
+
+
+def test_a_generator_of_another_device_is_detected() -> None:
+    with OwnGenerators():
+        torch.randn(3, device=META, generator=AnyDevice(META))
+        with pytest.raises(AssertionError, match="normal_ has a generator of another device"):
+            torch.empty(3, device=META).normal_(generator=AnyDevice("cpu"))

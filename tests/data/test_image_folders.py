@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from flatlora_diffusion.config import ConfigError, TrainConfig
-from flatlora_diffusion.data.image_folders import check_folders_apart, image_folders
+from flatlora_diffusion.data.sources import check_folders_apart, image_folders
 
 PRIOR = {"with_prior_preservation": True, "class_prompt": "an icon"}
 

@@ -9,7 +9,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 from transformers import CLIPConfig, CLIPModel, CLIPProcessor, CLIPTokenizer
@@ -32,13 +31,9 @@ from flatlora_diffusion.evaluation.judge import (
 from flatlora_diffusion.storage.rng import generator
 from samples.tiny_sdxl.recipe.judge import (
     STYLES,
-    Renders,
-    augment,
     build_judge,
     build_processor,
-    name_loss,
     reading_patches,
-    split_held_out,
 )
 
 SMALL = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
@@ -148,36 +143,6 @@ def test_the_shipped_size_fits_8_megabytes_in_fp16(tokenizer: CLIPTokenizer) -> 
     assert 3.4e6 < whole_vocabulary < 3.9e6
 
 
-def name_loss_by_hand(logits: Tensor, owners: list[int]) -> Tensor:
-    """The two directions written out: a row or column is compared with its own entry and other concepts' only."""
-    losses = []
-    for own in range(len(logits)):
-        names = [j for j in range(len(owners)) if j == own or owners[j] != owners[own]]
-        images = [i for i in range(len(logits)) if i == own or owners[i] != owners[own]]
-        losses.append(logits[own, names].logsumexp(0) + logits[images, own].logsumexp(0) - 2 * logits[own, own])
-    return torch.stack(losses).mean() / 2
-
-
-def test_drawings_of_one_concept_are_not_negatives() -> None:
-    owners = [7, 2, 7, 5, 2, 9, 7]  # four images, three more names; images 0 and 2 show one concept
-    logits = torch.randn(4, 7, generator=generator("cpu", 0, "logits"))
-    loss = name_loss(logits, torch.tensor(owners))
-    torch.testing.assert_close(loss, name_loss_by_hand(logits, owners))
-    for image in range(4):
-        for column in range(7):
-            raised = logits.clone()
-            raised[image, column] += 10
-            is_compared = image == column or owners[image] != owners[column]
-            assert torch.equal(name_loss(raised, torch.tensor(owners)), loss) is not is_compared
-
-
-def test_with_all_concepts_distinct_the_loss_is_clips_own() -> None:
-    logits = torch.randn(5, 5, generator=generator("cpu", 1, "logits"))
-    target = torch.arange(5)
-    expected = (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
-    torch.testing.assert_close(name_loss(logits, target), expected)
-
-
 def test_only_the_kept_patches_are_read(judge: Judge) -> None:
     pixels = as_tensor(pictures(2)) * 2 - 1
     everywhere = torch.rand(2, 64, generator=generator("cpu", 0, "patches")).argsort(dim=1)
@@ -202,34 +167,6 @@ def test_all_patches_are_read_again_after_an_exception(judge: Judge) -> None:
         with pytest.raises(KeyError), reading_patches(judge.model, torch.tensor([[0, 1]])):
             raise KeyError
         assert torch.equal(image_vectors(judge.model, pixels), plain)
-
-
-def test_a_held_out_drawing_leaves_the_other_styles_of_its_concept() -> None:
-    concepts = torch.tensor(
-        [index for index in range(60) for _ in range(4)] + [60, 61, 62]
-    )  # the last have one drawing
-    renders = Renders(np.zeros((len(concepts), 1, 1, 3), np.uint8), concepts, torch.zeros_like(concepts))
-    trained, held = split_held_out(renders)
-    assert sorted([*trained.tolist(), *held.tolist()]) == list(range(len(concepts)))
-    assert len(held) == pytest.approx(0.1 * len(concepts), abs=1)
-    assert concepts[held].unique().numel() == len(held)
-    assert set(concepts[trained].tolist()) == set(range(63))
-    assert torch.equal(split_held_out(renders)[1], held)
-
-
-def test_augmented_images_follow_their_generator_and_mirror_only_where_allowed() -> None:
-    left_half = torch.ones(64, 3, 64, 64)
-    left_half[:, :, 16:48, 8:24] = -1.0
-    can_mirror = torch.arange(64) < 32
-    state = torch.get_rng_state()
-    images = augment(left_half, can_mirror, generator("cpu", 0, "augment"))
-    assert torch.equal(augment(left_half, can_mirror, generator("cpu", 0, "augment")), images)
-    assert torch.equal(torch.get_rng_state(), state)
-    assert images.shape == left_half.shape
-    assert images.abs().max() <= 1
-    is_mirrored = images[..., :32].mean(dim=(1, 2, 3)) > images[..., 32:].mean(dim=(1, 2, 3))
-    assert 0 < is_mirrored[:32].sum() < 32
-    assert not is_mirrored[32:].any()
 
 
 def test_the_shipped_judge_names_the_sample_icons_and_knows_their_style() -> None:

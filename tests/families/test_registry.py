@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from toy_family import PIPELINE, TARGETS, Toy, save_toy
 
-from flatlora_diffusion.adapter import targets
+from flatlora_diffusion.adapter import lora as adapter
 from flatlora_diffusion.config import SDXL, TINY, ConfigError, MergeConfig, ModelConfig, TrainConfig
 from flatlora_diffusion.data.sources import load_training_set
 from flatlora_diffusion.evaluation.probe import draw_losses, fixed_probe, with_prompts
@@ -29,8 +29,8 @@ CPU = torch.device("cpu")
 def toy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder of the toy family, which this test registers."""
     monkeypatch.setitem(FAMILIES, PIPELINE, "toy_family:ToyFamily")
-    sets = targets.TargetSets("transformer", TARGETS, (), ("transformer_blocks.", "single_transformer_blocks."))
-    monkeypatch.setitem(targets.TARGET_SETS, "Flux2Transformer2DModel", sets)
+    sets = adapter.TargetSets("transformer", TARGETS, (), ("transformer_blocks.", "single_transformer_blocks."))
+    monkeypatch.setitem(adapter.TARGET_SETS, "Flux2Transformer2DModel", sets)
     return save_toy(tmp_path / "toy")
 
 

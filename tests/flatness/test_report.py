@@ -409,13 +409,13 @@ def test_the_page_works_offline(make_run: Callable[..., Path], base: Path, icons
     assert result["figures"][1]["rises"]["filter"][0]["values"] == [0.0, 0.0]
 
 
-@pytest.mark.parametrize(("scheme", "tone"), [("light", "light"), ("dark", "dark")])
+@pytest.mark.parametrize("tone", ["dark", pytest.param("light", marks=pytest.mark.long)])
 def test_a_surface_to_turn_has_the_colours_that_the_reader_sees_pages_in(
-    chromium: Any, tmp_path: Path, scheme: Any, tone: str
+    chromium: Any, tmp_path: Path, tone: Any
 ) -> None:
     bowl = [[float(a * a + b * b) for a in (-1, 0, 1)] for b in (-1, 0, 1)]
     write_surface_page(tmp_path / "surface.html", [("bowl", bowl), ("flat", bowl)], (-1, 0, 1), "title")
-    page = chromium.new_page(color_scheme=scheme)
+    page = chromium.new_page(color_scheme=tone)
     complaints: list[str] = []
     page.on("pageerror", lambda error: complaints.append(str(error)))
     page.goto((tmp_path / "surface.html").as_uri())

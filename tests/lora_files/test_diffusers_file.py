@@ -24,7 +24,13 @@ ADAPTERS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("name", ADAPTERS)
+# tests/training/test_release.py has the others in the files of a run.
+SHORT = ("dora and text encoders", "mixed ranks with alpha")
+
+
+@pytest.mark.parametrize(
+    "name", [*SHORT, *(pytest.param(n, marks=pytest.mark.long) for n in ADAPTERS if n not in SHORT)]
+)
 def test_a_stock_pipeline_computes_the_trained_function(
     config: TrainConfig, base: Path, name: str, tmp_path: Path
 ) -> None:

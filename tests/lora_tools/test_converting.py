@@ -245,24 +245,6 @@ def error_message(capsys: pytest.CaptureFixture[str], arguments: list[str]) -> s
     return lines[0]
 
 
-def test_nothing_is_overwritten_without_the_flag(
-    capsys: pytest.CaptureFixture[str], base: Path, kohya_file: Path
-) -> None:
-    arguments = ["import", str(kohya_file), "--base", str(base)]
-    path = kohya_file.with_name("other_diffusers.safetensors")
-    path.write_text("mine")
-    assert "already exists" in error_message(capsys, arguments)
-    assert "is not a LoRA file" in error_message(capsys, [*arguments, "--overwrite"])
-    assert path.read_text() == "mine"
-    saved({"x.lora_A.weight": torch.ones(2)}, path)
-    assert main([*arguments, "--overwrite"]) == 0
-    assert len(load_file(path)) > 100
-    before = kohya_file.read_bytes()
-    own = [*arguments, "--overwrite", "--output", str(kohya_file)]
-    assert "is an input" in error_message(capsys, own)
-    assert kohya_file.read_bytes() == before
-
-
 def test_an_unwritable_output_is_an_error_of_one_sentence(
     capsys: pytest.CaptureFixture[str], base: Path, kohya_file: Path, tmp_path: Path
 ) -> None:
@@ -358,12 +340,3 @@ def test_a_hostile_file_is_an_error_of_one_sentence_in_every_verb(
     saved(broken, path)
     assert "contains NaN" in error_message(capsys, [verb, *given, *rest])
     assert sorted(os.listdir(tmp_path)) == ["other.safetensors", "x.safetensors"]
-
-
-def test_unknown_keys_are_listed(
-    base: Path, kohya_file: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    more = saved(load_file(kohya_file) | {"lora_unet_nonsense.alpha": torch.ones(())}, tmp_path / "more.safetensors")
-    assert main(["import", str(more), "--base", str(base)]) == 0
-    assert "1 key(s) that belong to no layer" in caplog.text
-    assert "lora_unet_nonsense.alpha" in caplog.text

@@ -19,7 +19,6 @@ from lora_layouts import (
     factors,
     kohya,
     peft,
-    processor,
     saved,
 )
 from torch import Tensor
@@ -82,65 +81,6 @@ def test_the_contents_are_those_of_the_file(
     }
 
 
-def test_all_tools_read_kohya(pipeline: Any, base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    found = report(saved(kohya(factors(pipeline)), tmp_path / "x.safetensors", **WEB), base, capsys)
-    total = sum(map(len, factors(pipeline).values()))
-    assert loads(found) == dict.fromkeys(TOOLS, total)
-    assert all(row["of"] == total for row in found["tools"])
-    assert {row["note"] for row in found["tools"]} == {""}
-
-
-def test_only_diffusers_reads_all_of_peft(
-    pipeline: Any, base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    whole = factors(pipeline)
-    found = report(saved(peft(whole, ALPHAS), tmp_path / "x.safetensors", format="pt"), base, capsys)
-    unet, text, text_2 = (len(whole[part]) for part in ("unet", "text_encoder", "text_encoder_2"))
-    attention = sum(".to_" in module for module in whole["unet"])
-    assert loads(found) == {
-        "ComfyUI": unet - attention + text + text_2,
-        "AUTOMATIC1111": 0,
-        "Forge": 0,
-        "InvokeAI": 0,
-        "SD.Next": 0,
-        "sd-scripts": 0,
-        "stable-diffusion.cpp": unet,
-        "Draw_Things": unet + text,
-        "diffusers": unet + text + text_2,
-    }
-    assert "rejects the file" in note(found, "Forge")
-    assert "hidden while an SDXL model is loaded" in note(found, "AUTOMATIC1111")
-
-
-def test_comfyui_and_forge_read_the_oldest_names(
-    attention: Any, base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    whole = factors(attention)
-    found = loads(report(saved(processor(whole, ALPHAS), tmp_path / "x.safetensors"), base, capsys))
-    total = sum(map(len, whole.values()))
-    assert {tool for tool, count in found.items() if count == total} == {"ComfyUI", "Forge", "diffusers"}
-    assert found["stable-diffusion.cpp"] == len(whole["unet"])
-    assert found["Draw_Things"] == found["InvokeAI"] == found["AUTOMATIC1111"] == found["sd-scripts"] == 0
-
-
-def test_few_tools_read_kohya_text_encoders_without_text_model(
-    attention: Any, base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    whole = factors(attention)
-    tensors = {name.replace("_text_model_", "_"): value for name, value in kohya(whole).items()}
-    found = report(saved(tensors, tmp_path / "x.safetensors", **WEB), base, capsys)
-    assert loads(found)["ComfyUI"] == loads(found)["sd-scripts"] == loads(found)["InvokeAI"] == len(whole["unet"])
-
-
-def test_a1111_leaves_out_a_layer_of_the_second_text_encoder_without_all_four(
-    base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    whole = factors(adapted(base, ATTENTION, ("q_proj", "v_proj")))
-    found = loads(report(saved(kohya(whole), tmp_path / "x.safetensors", **WEB), base, capsys))
-    assert found["AUTOMATIC1111"] == len(whole["unet"]) + len(whole["text_encoder"])
-    assert found["ComfyUI"] == sum(map(len, whole.values()))
-
-
 def test_three_tools_read_the_projection_of_the_second_text_encoder(
     attention: Any, base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -194,25 +134,6 @@ def test_a_lora_without_cross_attention_or_middle_block_is_noted(
     found = report(saved(kohya(up), tmp_path / "x.safetensors", **WEB), base, capsys)
     assert "cannot recognize SDXL" in note(found, "InvokeAI")
     assert "SSD-1B" in note(found, "Draw Things")
-
-
-def test_an_unknown_kohya_key_makes_diffusers_reject_the_file(
-    attention: Any, base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    tensors = kohya(factors(attention)) | {"lora_unet_nonsense.alpha": torch.ones(())}
-    found = report(saved(tensors, tmp_path / "x.safetensors", **WEB), base, capsys)
-    assert loads(found)["diffusers"] == 0
-    assert loads(found)["ComfyUI"] == sum(map(len, factors(attention).values()))
-    assert found["unknown_keys"] == ["lora_unet_nonsense.alpha"]
-
-
-def test_diffusers_uses_a_single_alpha_for_layers_with_different_alphas(
-    attention: Any, base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    tensors = kohya(factors(attention))
-    tensors[next(name for name in tensors if name.endswith(".alpha"))] = torch.tensor(1.0)
-    found = report(saved(tensors, tmp_path / "x.safetensors", **WEB), base, capsys)
-    assert "most common alpha" in note(found, "diffusers")
 
 
 def test_a_file_of_real_sdxl_is_distinguished_from_the_tiny_base(
@@ -271,22 +192,3 @@ def test_trigger_words_come_from_the_phrase_or_the_tags() -> None:
     for broken in ("[", "[1]", '{"a": 1}', '{"a": {"b": "c"}}', "[" * 9999):
         assert trigger_words({"ss_tag_frequency": broken}) == []
     assert "\x1b" not in trigger_words({"modelspec.trigger_phrase": "\x1b[2J"})[0]
-
-
-def test_a_run_s_folder_stands_for_the_lora_in_it(
-    attention: Any, base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    saved(peft(factors(attention), ALPHAS), tmp_path / "pytorch_lora_weights.safetensors")
-    assert report(tmp_path, base, capsys)["file"] == "pytorch_lora_weights.safetensors"
-
-
-def test_a_broken_file_is_an_error_of_one_sentence(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], base: Path
-) -> None:
-    path = saved(kohya(factors(adapted(base, ("to_q",), ()))), tmp_path / "x.safetensors")
-    path.write_bytes(path.read_bytes()[:-1])
-    capsys.readouterr()
-    assert main(["inspect", str(path)]) == 2
-    printed = capsys.readouterr()
-    assert printed.out == ""
-    assert printed.err.count("error: ") == 1

@@ -182,17 +182,6 @@ def test_an_overflow_stops_the_merge(
     assert not output.exists()
 
 
-def test_overwrite_replaces_an_earlier_merge(base: Path, lora: Path, tmp_path: Path) -> None:
-    output = tmp_path / "merged"
-    start = ["merge", "--base", str(base), "--output", str(output), "--lora"]
-    assert main([*start, str(lora)]) == 0
-    first = weights(load(output))
-    assert main([*start, f"{lora}@2", "--overwrite"]) == 0
-    name = "unet.mid_block.attentions.0.transformer_blocks.0.attn1.to_q.weight"
-    assert not torch.allclose(weights(load(output))[name], first[name])
-    assert [path.name for path in tmp_path.iterdir()] == ["merged"]
-
-
 def test_new_tokens_that_are_not_merged_are_a_warning(
     base: Path, lora: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

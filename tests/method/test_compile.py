@@ -45,6 +45,7 @@ def test_a_model_with_low_rank_draws_compiles_once_and_trains_the_same(case: Cas
     assert backend.frame_count == 1, "a graph break, or compiled again for another step"
 
 
+@pytest.mark.long
 def test_full_draws_break_the_graph_a_few_times_per_layer(case: Case) -> None:
     flat = FlatLora(case.model, schedule="constant", draw="full")
     with flat.perturb(1):

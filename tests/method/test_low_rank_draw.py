@@ -30,9 +30,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from flatlora_diffusion import FlatLora
 from flatlora_diffusion.config import AdapterConfig, ModelConfig
-from flatlora_diffusion.method.draw import DrawKey
+from flatlora_diffusion.method.draw import DRAW_RANK, DrawKey, LowRankDraw
 from flatlora_diffusion.method.layers import AdaptedLayer, find_adapted_layers
-from flatlora_diffusion.method.low_rank_draw import DRAW_RANK, LowRankDraw
 from flatlora_diffusion.method.row_norms import RowStds
 from flatlora_diffusion.storage.rng import derive_seed
 

@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections import Counter
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import pytest
 from PIL import Image
 
 from flatlora_diffusion.data.dataset import load_samples
-from samples.icons_3d.build import FOLDER, caption, slug, split, take, with_article
+from samples.icons_3d.build import FOLDER, caption, slug
 
 HELD_OUT = FOLDER / "heldout"
 
@@ -78,70 +75,3 @@ def test_licence_and_sources_are_stated() -> None:
     assert "MIT License" in licence
     assert "Copyright (c) Microsoft Corporation." in licence
     assert "@lobehub/fluent-emoji-3d" in (FOLDER / "README.md").read_text(encoding="utf-8")
-
-
-@pytest.mark.parametrize(
-    ("name", "expected"),
-    [
-        ("wolf", "a wolf"),
-        ("ant", "an ant"),
-        ("ewe", "a ewe"),
-        ("unicorn", "a unicorn"),
-        ("umbrella", "an umbrella"),
-        ("hourglass done", "an hourglass done"),
-        ("grapes", "grapes"),
-        ("dress", "a dress"),
-        ("octopus", "an octopus"),
-        ("cooked rice", "cooked rice"),
-        ("sheaf of rice", "a sheaf of rice"),
-        ("ear of corn", "an ear of corn"),
-        ("night with stars", "a night with stars"),
-        ("meat on bone", "meat on bone"),
-        ("mount fuji", "mount fuji"),
-        ("woman\u2019s hat", "a woman\u2019s hat"),
-        ("woman\u2019s clothes", "woman\u2019s clothes"),
-    ],
-)
-def test_articles(name: str, expected: str) -> None:
-    assert with_article(name) == expected
-    assert caption(name) == f"a TOK icon of {expected}, in the style of TOK"
-
-
-def test_slugs_are_ascii() -> None:
-    assert [slug(name) for name in ("woman\u2019s hat", "piñata", "pool 8 ball", "mrs. claus")] == [
-        "womans-hat",
-        "pinata",
-        "pool-8-ball",
-        "mrs-claus",
-    ]
-
-
-@dataclass(frozen=True)
-class FakeConcept:
-    name: str
-    group: int
-    hexcode: str
-
-
-@pytest.fixture
-def concepts() -> list[Any]:
-    groups = [3] * 70 + [4] * 60 + [5] * 20 + [6] * 20 + [7] * 30
-    return [FakeConcept(f"thing{i} shared{i // 2}", group, f"{i:X}") for i, group in enumerate(groups)]
-
-
-def test_each_group_gives_its_share(concepts: list[Any]) -> None:
-    chosen = take(concepts, 23, "training")
-    assert Counter(concept.group for concept in chosen) == {3: 8, 4: 7, 5: 2, 6: 2, 7: 4}
-    assert chosen == [concept for concept in concepts if concept in chosen]
-
-
-def test_the_draw_depends_on_its_purpose_and_not_on_the_order(concepts: list[Any]) -> None:
-    assert set(take(concepts, 23, "training")) == set(take(concepts[::-1], 23, "training"))
-    assert set(take(concepts, 23, "training")) != set(take(concepts, 23, "heldout"))
-
-
-def test_split_keeps_words_apart(concepts: list[Any]) -> None:
-    training, held_out = split(concepts)
-    assert (len(training), len(held_out)) == (23, 64)
-    words = {word for concept in training for word in concept.name.split()}
-    assert not any(words & set(concept.name.split()) for concept in held_out)

@@ -45,6 +45,7 @@ print(versions()["flatlora-diffusion"])
 """
 
 
+@pytest.mark.long
 def test_a_checkout_without_installation_knows_its_version() -> None:
     asked = [sys.executable, "-c", WITHOUT_DISTRIBUTION + REPORTS]
     done = subprocess.run(asked, cwd=ROOT, capture_output=True, text=True, check=False, timeout=HANGS)
@@ -59,11 +60,6 @@ def test_the_versions_are_those_of_the_program_and_its_libraries() -> None:
     assert list(result) == ["flatlora-diffusion", "torch", "diffusers", "peft", "transformers"]
     assert result["flatlora-diffusion"] == flatlora_diffusion.__version__
     assert all(re.match(r"\d+\.\d+", text) for text in result.values())
-
-
-def test_only_the_versions_module_reads_package_metadata() -> None:
-    modules = [path for folder in ("flatlora_diffusion", "app") for path in (ROOT / folder).rglob("*.py")]
-    assert [path.stem for path in modules if "importlib.metadata" in path.read_text("utf-8")] == ["versions"]
 
 
 def test_a_missing_library_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,19 +15,16 @@ from huggingface_hub import ModelCard
 from PIL import Image
 from tiny_runs import save_lora
 
-import flatlora_diffusion
 from flatlora_diffusion.adapter.layers import lora_layers
 from flatlora_diffusion.adapter.lora import add_lora
 from flatlora_diffusion.adapter.new_tokens import add_tokens, embedding_parameters, save_embeddings
-from flatlora_diffusion.config import METHODS, AdapterConfig, TokenConfig, TrainConfig
+from flatlora_diffusion.config import AdapterConfig, TokenConfig, TrainConfig
 from flatlora_diffusion.families.sdxl.labels import SDXL_LABELS
-from flatlora_diffusion.lora_files.metadata import TrainingSummary, sidecar, training_comment
+from flatlora_diffusion.lora_files.metadata import TrainingSummary
 from flatlora_diffusion.storage.run_dir import RunDir
 from flatlora_diffusion.training.model_card import usage_code, write_model_card
 
 SDXL = "stabilityai/stable-diffusion-xl-base-1.0"
-# Words of what came of a training, or was meant to, and not of what was done.
-CLAIM = re.compile(r"\bflat (region|minim)|flatter|generali[sz]|robust|\bbetter\b|\bbest\b|so that", re.IGNORECASE)
 
 
 @pytest.fixture
@@ -104,20 +101,6 @@ def test_a_plain_lora_is_not_called_flat(run: RunDir) -> None:
     assert "| method | lora |" in written.text
     assert "sigma" not in written.text
     assert "2409.14396" not in written.text
-
-
-@pytest.mark.parametrize("method", METHODS)
-def test_a_card_describes_the_training_and_makes_no_claims(run: RunDir, method: str) -> None:
-    prior = {"with_prior_preservation": True, "class_data_dir": "x", "class_prompt": "an icon"}
-    held = {"prior_from_base": True, "class_prompt": "an icon"} if method in ("lora", "flat-lora") else {}
-    for settings in (config(method=method, **prior), config(method=method, **held)):
-        text = card(run, settings, facts(class_images=9)).text
-        assert not CLAIM.findall(text)
-        assert f"| method | {method} |" in text
-        beside = f"{sidecar(settings, facts(), ())} {training_comment(settings)}"
-        assert not CLAIM.findall(beside)
-        assert f"method {method}" in beside
-    assert not CLAIM.findall(str(flatlora_diffusion.__doc__))
 
 
 def test_a_card_counts_what_was_trained_on_and_the_steps_of_the_result(run: RunDir) -> None:
@@ -223,18 +206,6 @@ def test_a_card_without_pictures_has_no_widget(run: RunDir) -> None:
     assert "the captions of the images share no words" in written.text
 
 
-@pytest.mark.parametrize(
-    ("settings", "title"),
-    [
-        ({"output_name": "Foxes", "hub_model_id": "club/other"}, "Foxes"),
-        ({"hub_model_id": "club/foxes"}, "foxes"),
-        ({}, "my icons"),
-    ],
-)
-def test_the_title(run: RunDir, settings: dict[str, str], title: str) -> None:
-    assert card(run, config(**settings)).text.strip().startswith(f"# {title}\n")
-
-
 def test_other_programs_get_the_copy_made_for_them(run: RunDir) -> None:
     assert "Put `my-icons.safetensors` into the LoRA folder of ComfyUI" in card(run, config()).text
     assert "Put `Foxes.safetensors` into" in card(run, config(output_name="Foxes")).text
@@ -273,6 +244,7 @@ def test_the_code_samples_as_the_base_was_trained() -> None:
     assert "scheduler" not in usage_code(config(), [], "TOK")
 
 
+@pytest.mark.usefixtures("short_drawings")
 @pytest.mark.parametrize("is_pivotal", [False, True])
 def test_the_code_draws_with_the_lora(
     run: RunDir, base: Path, monkeypatch: pytest.MonkeyPatch, is_pivotal: bool

@@ -40,8 +40,6 @@ from flatlora_diffusion.training import checkpoint, finish, micro_batches, train
 from flatlora_diffusion.training.previews import Previews
 from flatlora_diffusion.training.trainer import train
 
-ROOT = Path(__file__).parents[2]
-
 
 @pytest.fixture
 def config(base: Path, icons: Path, tmp_path: Path) -> TrainConfig:
@@ -150,21 +148,25 @@ def test_sigterm_saves_and_exits_with_3(config: TrainConfig, tmp_path: Path) -> 
     assert run.checkpoints()[-1].name == f"checkpoint-{step}"
 
 
-def test_a_killed_run_resumes_to_the_same_lora(config: TrainConfig, tmp_path: Path) -> None:
-    """Killed at three arbitrary moments: its files load, and the result equals that of an unbroken run."""
-    steps = 45
+@pytest.mark.parametrize(
+    ("steps", "kills", "seconds"), [(20, 1, 0.0), pytest.param(45, 2, 0.3, marks=pytest.mark.long)]
+)
+def test_a_killed_run_resumes_to_the_same_lora(
+    config: TrainConfig, tmp_path: Path, steps: int, kills: int, seconds: float
+) -> None:
+    """Killed at arbitrary moments: its files load, and the result equals that of an unbroken run."""
     whole = config.replace(max_train_steps=steps, checkpointing_steps=1, checkpoints_total_limit=3)
     train(whole.replace(output_dir=str(tmp_path / "whole")))
     broken = whole.replace(output_dir=str(tmp_path / "broken"))
     run = RunDir(tmp_path / "broken")
     rng = random.Random(0)
-    for attempt in range(2):
+    for attempt in range(kills):
         resume = "latest" if attempt else None
         said = tmp_path / f"said-{attempt}.txt"
         process = forked(said, {}, arguments(broken.replace(resume_from_checkpoint=resume)))
         seen = max((event["step"] for event in run.events() if event["event"] == "step"), default=0)
         wait_for_step(run, process.is_alive, said, seen + 3)
-        time.sleep(rng.random() * 0.3)
+        time.sleep(rng.random() * seconds)
         process.kill()
         process.join()
         newest = run.checkpoints()[-1]

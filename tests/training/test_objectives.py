@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -20,24 +18,6 @@ from flatlora_diffusion.storage.run_dir import RunDir
 from flatlora_diffusion.training.micro_batches import micro_batches
 from flatlora_diffusion.training.state import prepare
 from flatlora_diffusion.training.trainer import train
-
-
-def test_a_run_on_every_kind_of_objective(config: TrainConfig, tmp_path: Path) -> None:
-    objectives: tuple[dict[str, Any], ...] = (
-        {},
-        {"do_edm_style_training": True},
-        {"prediction_type": "v_prediction", "snr_gamma": 5.0},
-        {"prediction_type": "v_prediction", "zero_terminal_snr": True, "snr_gamma": 5.0},
-        {"loss_type": "huber", "noise_offset": 0.1, "clip_skip": 1},
-    )
-    losses = []
-    for index, settings in enumerate(objectives):
-        path = train(config.replace(**settings, max_train_steps=2, output_dir=str(tmp_path / str(index))))
-        losses.append([event["loss"] for event in RunDir(path.parent).steps()])
-    assert all(math.isfinite(loss) for run in losses for loss in run)
-    plain, edm, *others = [run[0] for run in losses]
-    assert edm == pytest.approx(plain, rel=1e-4), "for a base that predicts noise they are one"
-    assert len({plain, *others}) == 1 + len(others), "what was asked for changes nothing"
 
 
 def test_each_setting_of_the_objective_changes_the_first_loss(config: TrainConfig) -> None:

@@ -7,6 +7,8 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate import Accelerator
+from fp16_on_cpu import init_with_scaler
 from safetensors.torch import load_file
 from tiny_runs import samples_of, trained
 
@@ -15,13 +17,13 @@ from flatlora_diffusion.commands import doctor
 from flatlora_diffusion.config import TrainConfig
 from flatlora_diffusion.families.sdxl.random_base import random_sdxl
 from flatlora_diffusion.memory.estimate import GIB, estimate_memory
-from flatlora_diffusion.method.full_draw import FullDraw
+from flatlora_diffusion.method.draw import FullDraw
 from flatlora_diffusion.storage.hashing import DrawHash
 from flatlora_diffusion.storage.run_dir import RunDir
 from flatlora_diffusion.training import selfcheck
 from flatlora_diffusion.training.gpu_check import CHECK_RHO_RISE, gpu_check_configs
 from flatlora_diffusion.training.micro_batches import micro_batches
-from flatlora_diffusion.training.selfcheck import hash_frozen_weights, noise_std, sigma_zero
+from flatlora_diffusion.training.selfcheck import Check, hash_frozen_weights, noise_std, sigma_zero
 from flatlora_diffusion.training.state import LossIncrease, prepare
 from flatlora_diffusion.training.trainer import train, train_step
 
@@ -52,7 +54,7 @@ def test_a_run_that_checks_itself_is_the_same_run(config: TrainConfig, tmp_path:
     "settings",
     [
         {"perturb_draw": "full"},
-        {"perturb_per": "step"},
+        pytest.param({"perturb_per": "step"}, marks=pytest.mark.long),
         {"perturb_noise": "iid"},
         {"use_dora": True},
         {"mixed_precision": "bf16", "lora_target_modules": "conv"},
@@ -155,19 +157,37 @@ def tiny_drill(base: Path) -> TrainConfig:
     )
 
 
-def test_the_doctor_trains_on_random_weights(tiny_drill: TrainConfig) -> None:
-    findings = list(doctor.gpu_check_findings(tiny_drill))
+@pytest.mark.parametrize("precision", ["no", "fp16"])
+def test_the_doctor_trains_on_random_weights(
+    tiny_drill: TrainConfig, monkeypatch: pytest.MonkeyPatch, precision: str
+) -> None:
+    monkeypatch.setattr(Accelerator, "__init__", init_with_scaler)
+    findings = list(doctor.gpu_check_findings(tiny_drill.replace(mixed_precision=precision)))
     assert [finding.level for finding in findings] == ["ok"] * len(WHATS), findings
     assert "s for a step" in findings[-1].fact
 
 
-@pytest.mark.parametrize("precision", ["no", "bf16"])
-def test_the_doctor_checks_that_sam_raises_the_loss(tiny_drill: TrainConfig, precision: str) -> None:
+@pytest.mark.parametrize("precision", ["no", "bf16", "fp16"])
+def test_the_doctor_checks_that_sam_raises_the_loss(
+    tiny_drill: TrainConfig, monkeypatch: pytest.MonkeyPatch, precision: str
+) -> None:
+    monkeypatch.setattr(Accelerator, "__init__", init_with_scaler)
     findings = list(
         doctor.gpu_check_findings(tiny_drill.replace(method="sam", rho_rise=CHECK_RHO_RISE, mixed_precision=precision))
     )
     assert [finding.level for finding in findings] == ["ok"] * 4, findings
     assert "to first order" in findings[0].fact
+
+
+@pytest.mark.parametrize(("name", "level"), [("base_weights", "problem"), ("cost", "note"), ("rise", "note")])
+def test_only_a_check_whose_failure_makes_trainings_wrong_is_a_problem(
+    tiny_drill: TrainConfig, monkeypatch: pytest.MonkeyPatch, name: str, level: str
+) -> None:
+    checks = [Check(name, False, "seen"), Check(name, True, "seen")]
+    monkeypatch.setattr("flatlora_diffusion.training.gpu_check.run_gpu_check", lambda config: checks)
+    failed, passed = doctor.gpu_check_findings(tiny_drill)
+    assert (failed.level, passed.level) == (level, "ok")
+    assert "report" in failed.remedy
 
 
 @pytest.mark.long
@@ -179,7 +199,7 @@ def test_the_doctor_tries_both_methods_with_valid_settings() -> None:
         assert estimate_memory(config).total < 0.9 * 12 * GIB, "the smallest GPU that trains without --offload"
 
 
-@pytest.mark.parametrize("method", ["sam", "lora-sam"])
+@pytest.mark.parametrize("method", ["sam", pytest.param("lora-sam", marks=pytest.mark.long)])
 @pytest.mark.parametrize(("precision", "rho", "is_right"), [("no", 1e-3, True), ("bf16", 1e-5, False)])
 def test_an_ascent_lost_to_half_precision_is_logged_in_each_run(
     config: TrainConfig, caplog: Any, method: str, precision: str, rho: float, is_right: bool

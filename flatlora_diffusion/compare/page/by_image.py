@@ -8,8 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from flatlora_diffusion.charts.sparkline import curve_limits, relative, sparkline
-from flatlora_diffusion.compare.page.embedding import data_uri
-from flatlora_diffusion.compare.page.format import Result, Section, arm_name, chip, look_of
+from flatlora_diffusion.compare.page.format import Result, Section, arm_name, chip, data_uri, look_of
 from flatlora_diffusion.evaluation.image_changes import EXPLANATION, ImageChange, caption_text, change_text, highlights
 from flatlora_diffusion.storage.formatting import figure
 

@@ -126,7 +126,6 @@ def _known_values(group: Mapping[str, Any], arm: str) -> dict[str, float]:
 
 
 def _run_chart(result: Result, runs: Runs, key: str, x: str) -> TitledChart:
-    """The chart of `key` at each checkpoint, over the runs' `x`."""
     lines: list[Line] = []
     for arm, by_seed in runs.items():
         curves = [_curve(points, key, x) for points in by_seed.values()]
@@ -135,7 +134,6 @@ def _run_chart(result: Result, runs: Runs, key: str, x: str) -> TitledChart:
 
 
 def _difference_chart(result: Result, runs: Runs) -> TitledChart:
-    """The chart of the headline's difference of held-out loss at each checkpoint."""
     first = headline(result)
     if first is None or not {first["arm"], first["against"]} <= runs.keys():
         return None

@@ -1,13 +1,17 @@
-"""Formatting shared by all sections of a comparison's page: numbers, arms' names and looks, and `Section`."""
+"""Formatting shared by all sections of a comparison's page: numbers, arms' names and looks, pictures, `Section`."""
 
 from __future__ import annotations
 
+import base64
+import io
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from markupsafe import Markup
+from PIL import Image
 
 from flatlora_diffusion.charts.palette import BASE, FOURTH, OWN_LOOKS, THIRD, Look
 from flatlora_diffusion.charts.rows import sample
@@ -17,7 +21,7 @@ from flatlora_diffusion.storage.formatting import MINUS, MISSING, figure, is_kno
 Result = Mapping[str, Any]
 Pair = Mapping[str, Any]
 
-
+_MAX_PNG_BYTES = 400_000  # larger pictures are embedded as JPEG; two dozen of SDXL would take 45 MB as PNG
 BETTER = {"lower": "lower is better", "higher": "higher is better"}
 
 
@@ -138,3 +142,16 @@ class Section(NamedTuple):
     text: str
     template: str
     content: Mapping[str, Any] | None
+
+
+def data_uri(folder: Path, file: str | None) -> str:
+    """The picture as a data URI; empty if it is missing or outside `folder`."""
+    path = (folder / (file or "")).resolve()
+    if not path.is_file() or not path.is_relative_to(folder.resolve()):
+        return ""
+    if path.stat().st_size <= _MAX_PNG_BYTES:
+        return f"data:image/png;base64,{base64.b64encode(path.read_bytes()).decode()}"
+    with Image.open(path) as image:
+        buffer = io.BytesIO()
+        image.convert("RGB").save(buffer, "JPEG", quality=92)
+    return f"data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}"

@@ -18,8 +18,7 @@ from markupsafe import Markup
 from flatlora_diffusion.charts.palette import TONES
 from flatlora_diffusion.compare.page.by_image import images
 from flatlora_diffusion.compare.page.curves import groups, strengths, trajectories
-from flatlora_diffusion.compare.page.embedding import data_uri
-from flatlora_diffusion.compare.page.format import Chip, Result, Section, chip
+from flatlora_diffusion.compare.page.format import Chip, Result, Section, chip, data_uri
 from flatlora_diffusion.compare.page.provenance import advice, controls, proof, settings, subtitle, versions, warning
 from flatlora_diffusion.compare.page.results import numbers, paired, verdict_chart
 from flatlora_diffusion.storage.atomic_io import write_text

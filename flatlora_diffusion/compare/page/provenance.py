@@ -119,7 +119,6 @@ def versions(result: Result) -> Section:
 
 
 def _hashes(hashes: Mapping[str, str]) -> list[Mapping[str, str]]:
-    """Group the runs by hash."""
     runs: dict[str, list[str]] = {}
     for label, digits in hashes.items():
         runs.setdefault(str(digits), []).append(label)

@@ -159,7 +159,6 @@ def _axis(result: Result, pair: Pair, limits: Limits) -> dict[str, Any]:
 
 
 def _conclusion(result: Result, pair: Pair) -> str:
-    """The conclusion from the interval, in words."""
     low, high = pair["low"], pair["high"]
     if not (is_known(low) and is_known(high)):
         return f"{'one seed' if pair['n'] == 1 else 'all seeds equal'}: no interval"

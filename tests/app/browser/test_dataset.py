@@ -37,6 +37,7 @@ def test_a_drop_with_a_bad_file_shows_the_good_ones_and_the_next_drop_works(page
     expect(page.page.get_by_text("odd.ppm")).to_have_count(0)
 
 
+@pytest.mark.long
 def test_captions_are_written_on_their_cards_by_keyboard_and_no_window_overwrites_another(
     page: AppPage, tmp_path: Path
 ) -> None:
@@ -202,6 +203,7 @@ def test_cards_that_were_typed_in_show_what_is_written_later_and_other_images(pa
     expect(owl).to_have_value("owl")
 
 
+@pytest.mark.long
 def test_a_picture_is_enlarged_and_closed_by_mouse_and_keyboard(page: AppPage, tmp_path: Path) -> None:
     Image.effect_noise((900, 600), 50).save(tmp_path / "fox.png")
     drop(page, tmp_path / "fox.png")

@@ -41,6 +41,7 @@ def test_a_chosen_run_is_seen_without_scrolling(page: AppPage) -> None:
             expect(page.page.locator('button[data-run="seen-lora"]')).to_be_in_viewport()
 
 
+@pytest.mark.long
 def test_a_wide_page_is_used_and_has_the_pictures_beside_the_form(page: AppPage) -> None:
     page.page.set_viewport_size(WIDE)
     for tab in page.tab_names():
@@ -56,6 +57,7 @@ def test_a_wide_page_is_used_and_has_the_pictures_beside_the_form(page: AppPage)
     expect(page.button("Draw")).to_be_in_viewport()
 
 
+@pytest.mark.long
 def test_charts_have_the_colours_of_light_and_dark_pages(page: AppPage) -> None:
     page.show_tab("Runs")
     page.page.locator('button[data-run="seen-flat-lora"]').click()

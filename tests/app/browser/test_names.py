@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import pytest
 from app_driver import PATIENCE, AppPage
 from playwright.sync_api import expect
 
 HOSTILE = '<img id="injected" src="x">'
 
 
+@pytest.mark.long
 def test_an_error_quotes_what_was_typed_as_text(page: AppPage) -> None:
     page.show_tab("2 Train")
     page.fill(Base_model=HOSTILE)

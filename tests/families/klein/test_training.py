@@ -126,7 +126,10 @@ def test_both_files_are_one_layout_that_stock_diffusers_loads_and_that_draws_the
     [
         {"holdout_images": 1, "checkpointing_steps": 1, "image_loss_draws": 2},
         {"prior_from_base": True, "class_prompt": "icon", "alpha_mask_loss": True, "caption_dropout": 0.5},
-        {"with_prior_preservation": True, "class_prompt": "icon", "num_class_images": 2, "random_flip": True},
+        pytest.param(
+            {"with_prior_preservation": True, "class_prompt": "icon", "num_class_images": 2, "random_flip": True},
+            marks=pytest.mark.long,
+        ),
         {"validation_prompt": "a cup", "num_validation_images": 1, "use_aspect_ratio_buckets": True},
         {"method": "sam", "rho": 0.05, "mixed_precision": "bf16", "offload": True, "cache_latents": True},
         {"use_dora": True, "method": "flat-lora", "sigma": 0.05, "lora_target_modules": "attn+ff"},

@@ -253,6 +253,7 @@ def test_a_finished_run_says_how_its_pictures_are_drawn_elsewhere(base: Path, ic
         assert private not in said
 
 
+@pytest.mark.usefixtures("short_drawings")
 def test_a_later_run_moves_what_tells_of_the_earlier_one_aside(base: Path, icons: Path, tmp_path: Path) -> None:
     config = settings(base, icons, tmp_path)
     run = train(config).parent
@@ -262,6 +263,7 @@ def test_a_later_run_moves_what_tells_of_the_earlier_one_aside(base: Path, icons
     assert [(run / "earlier-1" / name).exists() for name in names] == [True] * 3
 
 
+@pytest.mark.usefixtures("short_drawings")
 def test_a_lora_of_the_tiny_base_has_no_workflow(icons: Path, tmp_path: Path) -> None:
     run = train(settings("tiny", icons, tmp_path).replace(max_train_steps=1)).parent
     assert not list(run.glob("*.comfyui*"))
