@@ -17,7 +17,6 @@ from flatlora_diffusion.storage.saved_config import portable
 from ..context import AppContext
 from ..process.json_file import read_json
 from ..runs.runs import RunStore
-from ..widgets.messages import note
 
 if TYPE_CHECKING:
     from flatlora_diffusion.memory.estimate import MemoryEstimate
@@ -138,12 +137,11 @@ def disk_line(disk: DiskEstimate) -> str:
     return f"{message} (enough room)" if disk.is_enough else f'<b class="fl-bad">{message} (NOT ENOUGH ROOM)</b>'
 
 
-def disk_full_notice(disk: DiskEstimate) -> str:
-    """The reason why a training was not started."""
-    return note(
+def disk_full_text(disk: DiskEstimate) -> str:
+    """HTML: the reason why a training was not started."""
+    return (
         f"<b>Not started.</b> It would write about {_size(disk.needed)}, and {_size(disk.free)} are free on the disk "
-        "with the runs. It fails at the first checkpoint that finds no room. Free some, or start it anyway.",
-        "fl-bad",
+        "with the runs. It fails at the first checkpoint that finds no room. Free some, or start it anyway."
     )
 
 

@@ -26,13 +26,13 @@ from ..widgets.browser_memory import remember_fields
 from ..widgets.confirm import Confirmation, build_confirmation, confirm_after, confirm_before
 from ..widgets.html import read_static
 from ..widgets.loss_chart import CHART_CSS
-from ..widgets.messages import show_errors
+from ..widgets.messages import note, show_errors
 from ..widgets.run_cards import CARDS_CSS, CARDS_SCRIPT, duration
 from ..widgets.sample_strip import STRIP_CSS, STRIP_SCRIPT
 from ..widgets.ticks import fingerprint_of, skip_unchanged
 from .actions import connect_actions
 from .base_check import check_start
-from .estimates import disk_estimate, disk_full_notice, disk_line, estimate_time, has_gpu, memory_of, total_steps
+from .estimates import disk_estimate, disk_full_text, disk_line, estimate_time, has_gpu, memory_of, total_steps
 from .live_view import NOTHING, LiveOutputs, live
 
 BOTH, FLAT, PLAIN = "both, as a fair pair", METHODS["flat-lora"].title, METHODS["lora"].title
@@ -89,7 +89,7 @@ def start_with_room(
         config, captions = _read(context, form, session, method, values)
         disk = disk_estimate(context, config, len(captions), _arms(method))
     if disk is not None and not disk.is_enough:
-        return disk_full_notice(disk), gr.Row(visible=True)
+        return note(disk_full_text(disk), "fl-bad"), gr.Row(visible=True)
     return start(context, form, session, name, method, *values), gr.Row(visible=False)
 
 
