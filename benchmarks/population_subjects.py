@@ -54,7 +54,6 @@ class Subject:
         )
         steps = int(arm.changes.get("max_train_steps", STEPS)) * batch
         a_step = 1 + (arm.method == "sam") / self.sam_every * (1 - self.sam_from / STEPS)
-        a_step += int(arm.changes.get("holdout_folds", 0))  # each fold trains all steps
         last = max((step for step in self.checkpoints if step is not None), default=STEPS)
         share = 1.0 if None in self.checkpoints else last / STEPS
         runs = 1 + (len(self.members) - 1) * (1 - self.branch_at / STEPS) if self.is_average else 1
@@ -108,9 +107,7 @@ _ALL = [
     Subject("cosine rate", "lora:lr_scheduler=cosine,lr_warmup_steps=0"),
     Subject("EMA 0.99", "lora:use_ema=true,ema_decay=0.99"),
     Subject("early stopping", "lora:holdout_images=3,holdout_patience=3"),
-    Subject("3 folds", "lora:holdout_folds=3"),
     Subject("10 images: LoRA", members=(0, 1, 2), images=10, strengths=_WEAKENED),
-    Subject("10 images: 3 folds", "lora:holdout_folds=3", images=10, reference="10 images: LoRA"),
     _average("10 images: average of 3", images=10, reference="10 images: LoRA"),
     Subject("input noise 0.1", "lora:ip_noise_gamma=0.1", strengths=_WEAKENED),
     Subject("DoRA", "lora:use_dora=true", strengths=_WEAKENED),

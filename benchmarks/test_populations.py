@@ -140,13 +140,6 @@ def test_what_the_page_says_of_six_members_of_flat_lora_and_of_sam_holds(study: 
     assert all(found(sam, FORGETTING)[0].mean > 0 for sam in ("SAM 0.25", "SAM 0.125"))
 
 
-def test_three_folds_choose_all_steps_as_the_page_says(study: Study) -> None:
-    for subject in ("3 folds", "10 images: 3 folds"):
-        assert len(study.groups(subject)) == 5
-        found = compared(study, subject, study.groups(subject))[0]
-        assert all(found[name].plain.mean == 0 for name in (*POPULATIONS, FORGETTING))
-
-
 def test_sam_in_some_steps_or_by_image_differs_only_on_the_unknown_as_the_page_says(study: Study) -> None:
     for subject in ("SAM 0.125, every 2nd step", "SAM 0.125, last 90 steps", "SAM, own rho for each image"):
         found = compared(study, subject, study.groups(subject))[0]

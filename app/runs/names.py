@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from flatlora_diffusion.config import ConfigError
-from flatlora_diffusion.storage.run_dir import FOLD, MEMBER, RunDir
+from flatlora_diffusion.storage.run_dir import MEMBER, RunDir
 
 IMPORTED = "imported"  # the method of a LoRA from elsewhere
 MAX_NAME_LENGTH = 60  # of a new run, and of the name to show; "-flat-lora" is put behind it
@@ -48,7 +48,7 @@ def is_run(folder: Path) -> bool:
 def run_ids(root: Path, looked_into: list[Path] | None = None) -> Iterator[str]:
     """The ids of the run folders below `root`, shallow folders first.
 
-    Skips links, hidden folders, earlier runs that were renamed, folds and members.
+    Skips links, hidden folders, earlier runs that were renamed, and members.
 
     Args:
         looked_into: receives the folders that the result depends on.
@@ -62,7 +62,7 @@ def run_ids(root: Path, looked_into: list[Path] | None = None) -> Iterator[str]:
             looked_into.append(folder)
         for path in _folders(folder):
             run_id = f"{above}/{path.name}" if above else path.name
-            if not _is_id(run_id) or (above and path.name.startswith(("earlier-", FOLD, MEMBER))):
+            if not _is_id(run_id) or (above and path.name.startswith(("earlier-", "holdout-fold-", MEMBER))):
                 continue
             if is_run(path) and _is_inside(root, path):
                 yield run_id

@@ -39,7 +39,7 @@ class Run:
         log: last lines of a failed run.
         changed: seconds since 1970.
         phase: the phase of a running run, in words.
-        has_parts: whether folds or members have saved something to resume from.
+        has_parts: whether members have saved something to resume from.
     """
 
     id: str

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Literal
 
 from flatlora_diffusion.config import ConfigError, StoppedError
-from flatlora_diffusion.storage.run_dir import FOLD, LORA_FILE, MEMBER, RunDir
+from flatlora_diffusion.storage.run_dir import LORA_FILE, MEMBER, RunDir
 
 from ..process.launch import Launch
 from .progress import Progress
@@ -26,13 +26,8 @@ TRAINING = "training"
 ENDING = "drawing the last previews and saving the LoRA"
 STOPPING = "stopping after this step; it can be resumed"
 SAVING = "saving a checkpoint after this step"
-FOLDS = "finding the number of steps: fold {} of {}"
 MEMBERS = "training member {} of {}"
-# The trainer's line as each begins.
-_IN_PART = {
-    FOLDS: re.compile(r"fold (\d+) of (\d+): trains on"),
-    MEMBERS: re.compile(r"member (\d+) of (\d+): trains with"),
-}
+_IN_MEMBER = re.compile(r"member (\d+) of (\d+): trains with")  # the trainer's line as each begins
 _HAS_LOADED = re.compile(r"the base is ")  # the trainer's line once the base's weights are there
 
 
@@ -73,7 +68,7 @@ class RunFiles:
     """The contents of a run folder.
 
     Attributes:
-        checkpoint: name of the newest checkpoint, or a description of folds and members.
+        checkpoint: name of the newest checkpoint, or a description of members.
         changed: last change of the events, in seconds since 1970.
     """
 
@@ -92,9 +87,7 @@ class RunFiles:
 
 
 def parts_of(folder: Path) -> str | None:
-    """A description of saved folds or members that a run without checkpoints can be resumed from."""
-    if any(folder.glob(f"{FOLD}*/checkpoint-*")):
-        return "its folds"
+    """A description of saved members that a run without checkpoints can be resumed from."""
     kept = (*folder.glob(f"{MEMBER}*/checkpoint-*"), *folder.glob(f"{MEMBER}*/{LORA_FILE}"))
     return "its members" if kept else None
 
@@ -156,10 +149,9 @@ def phase_of(run: RunDir, launch: Launch | None, progress: Progress, has_preview
 
 def _beginning(log: Sequence[str]) -> str:
     """The phase before the first step."""
-    for phase, begins in _IN_PART.items():
-        parts = [part for line in log if (part := begins.match(line))]
-        if parts:
-            return phase.format(*parts[-1].groups())
+    members = [member for line in log if (member := _IN_MEMBER.match(line))]
+    if members:
+        return MEMBERS.format(*members[-1].groups())
     return CACHING if any(map(_HAS_LOADED.match, log)) else LOADING
 
 

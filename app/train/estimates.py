@@ -35,7 +35,7 @@ _ONE_AT_A_TIME = threading.Lock()
 
 @dataclass(frozen=True)
 class TimeEstimate:
-    """Seconds for all steps of a training, including folds and members, at the speed of `run`."""
+    """Seconds for all steps of a training, including members, at the speed of `run`."""
 
     seconds: float
     seconds_per_step: float
@@ -77,7 +77,7 @@ def estimate_time(config: TrainConfig, images: int, runs: RunStore) -> TimeEstim
     run, seconds = best
     if run.method in METHODS:
         seconds *= METHODS[config.perturb.method].passes / METHODS[run.method].passes
-    steps = total_steps(config, images) * (config.average.trainings + config.data.holdout_folds)
+    steps = total_steps(config, images) * config.average.trainings
     return TimeEstimate(steps * seconds, seconds, steps, run.name)
 
 
@@ -104,7 +104,7 @@ def has_gpu() -> bool:
 
 
 def estimate_disk(config: TrainConfig, images: int, folder: Path, arms: int = 1) -> DiskEstimate:
-    """Bytes that `arms` trainings write into `folder`: results and checkpoints, also of folds and members."""
+    """Bytes that `arms` trainings write into `folder`: results and checkpoints, also of members."""
     from flatlora_diffusion.memory.disk import disk_need  # imports torch and diffusers
 
     with _ONE_AT_A_TIME:
@@ -112,10 +112,9 @@ def estimate_disk(config: TrainConfig, images: int, folder: Path, arms: int = 1)
     count = total_steps(config, images) // config.run.checkpointing_steps
     if config.run.checkpoints_total_limit is not None:
         count = min(count, config.run.checkpoints_total_limit)
-    folds = config.data.holdout_folds * (need.result + 2 * need.checkpoint)  # each keeps its best and its last
     trainings = config.average.trainings
     average = need.result * trainings if trainings > 1 else 0  # its rank is the sum of theirs
-    needed = trainings * (need.result + max(1, count) * need.checkpoint) + average + folds
+    needed = trainings * (need.result + max(1, count) * need.checkpoint) + average
     return DiskEstimate(arms * needed, shutil.disk_usage(folder).free)
 
 

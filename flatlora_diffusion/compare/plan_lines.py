@@ -86,14 +86,13 @@ def disk_bytes(experiment: Experiment) -> int:
 
 
 def run_bytes(planned: PlannedRun) -> int:
-    """The bytes of the rest of a run and of its folds, each of which keeps its best and last checkpoints."""
+    """The bytes of the rest of a run."""
     need, config = disk_need(planned.config), planned.config
     existing = len(planned.run.checkpoints()) if planned.is_resumable else 0
     checkpoints = max(0, planned.steps // config.run.checkpointing_steps - existing)
-    folds = config.data.holdout_folds * (need.result + 2 * need.checkpoint)
     trainings = config.average.trainings
     average = need.result * trainings if trainings > 1 else 0  # its rank is the sum of the members' ranks
-    return trainings * (need.result + checkpoints * need.checkpoint) + average + folds
+    return trainings * (need.result + checkpoints * need.checkpoint) + average
 
 
 def _disk_line(experiment: Experiment) -> str:
@@ -115,9 +114,7 @@ def _disk_line(experiment: Experiment) -> str:
 def _trainings_line(experiment: Experiment) -> str:
     done = sum(planned.config.average.trainings for planned in experiment.runs if planned.is_finished)
     count = sum(planned.config.average.trainings for planned in experiment.runs)
-    folds = experiment.config.data.holdout_folds
-    with_folds = f", each after trainings on {folds} folds" if folds else ""
-    return f"{count_text(count, 'training')} in all{with_folds}" + (f"; {done} are done" if done else "")
+    return f"{count_text(count, 'training')} in all" + (f"; {done} are done" if done else "")
 
 
 def _steps(experiment: Experiment) -> str:

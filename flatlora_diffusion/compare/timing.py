@@ -60,11 +60,11 @@ def duration_text(seconds: float) -> str:
 def _run_seconds(
     planned: PlannedRun, runs: Sequence[PlannedRun], known: Mapping[str, float], pass_seconds: float
 ) -> float:
-    """The remaining time of a run, including the trainings of its folds or members."""
+    """The remaining time of a run, including the trainings of its members."""
     if planned.is_finished:
         return 0
     seconds = known.get(planned.arm.key, pass_seconds * _passes_per_step(planned))
-    trainings = planned.config.data.holdout_folds + planned.config.average.trainings - _shares_member(planned, runs)
+    trainings = planned.config.average.trainings - _shares_member(planned, runs)
     return _START_SECONDS + trainings * planned.remaining_steps * seconds
 
 

@@ -154,7 +154,6 @@ def _data_and_objective(config: Sections) -> Iterable[Check]:
             data.with_prior_preservation and not (data.class_data_dir and data.class_prompt),
             "--with_prior_preservation needs --class_data_dir and --class_prompt",
         ),
-        *_folds(config),
         *_members(config),
         *_weightings(config),
         *_prior_from_base(config),
@@ -201,26 +200,6 @@ def _members(config: Sections) -> Iterable[Check]:
             config.tokens.train_text_encoder_ti,
             "--members does not support --train_text_encoder_ti; remove one of them, or train separate runs and use "
             "`flatlora average`",
-        ),
-        (config.data.holdout_folds, f"--members and --holdout_folds exclude each other; {REMOVE}"),
-    )
-
-
-def _folds(config: Sections) -> Iterable[Check]:
-    data, steps, interval = config.data, config.optim.max_train_steps, config.run.checkpointing_steps
-    if not data.holdout_folds:
-        return ()
-    return (
-        (data.holdout_folds == 1, "--holdout_folds 1 leaves no images to train on; give 2 or more"),
-        (
-            data.holdout_images or data.holdout_patience,
-            "--holdout_folds excludes --holdout_images and --holdout_patience; remove them",
-        ),
-        (steps is None, "--holdout_folds needs --max_train_steps instead of epochs; add it"),
-        (
-            steps is not None and interval >= steps,
-            f"--holdout_folds needs several checkpoints, but checkpointing_steps={interval} gives only one in {steps} "
-            "steps; give a tenth of the steps",
         ),
     )
 

@@ -63,13 +63,6 @@ class DataConfig(Section):
         min=0,
         free_on_resume=True,
     )
-    holdout_folds: int = setting(
-        0,
-        "choose the number of steps by N-fold cross-validation, then train on all images: N + 1 runs of at most "
-        "--max_train_steps; for few images",
-        min=0,
-        max=100,
-    )
     repeats: int = setting(1, "repeats of each image per epoch", min=1, max=10_000, affects="draws")
     with_prior_preservation: bool = setting(
         False, "prior preservation: also train on class (regularization) images", affects="draws"

@@ -32,6 +32,7 @@ _NO_GAIN = "it showed no gain over"
 SETTINGS: dict[str, Removed] = {
     "noise_share": Removed("use --method flat-lora"),
     "sigma_rise": Removed("give --sigma"),
+    "holdout_folds": Removed("use --holdout_images", without_effect=0),
     "delta_weight_decay": Removed("use --adam_weight_decay", without_effect=0.0),
 }
 VALUES: dict[tuple[str, str], Removed] = {

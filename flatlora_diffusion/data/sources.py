@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 from flatlora_diffusion.config import ConfigError, DataConfig, TrainConfig
 from flatlora_diffusion.data.dataset import METADATA, Sample, SampleSet, check_samples, load_samples, make_sample
@@ -83,33 +83,6 @@ def hold_out(samples: Sequence[Sample], count: int) -> tuple[list[Sample], list[
             f"holdout_images={count} leaves none of the {len(samples)} images to train on; give a lower number"
         )
     return _without(samples, sorted(samples, key=lambda sample: (sample.sha256, sample.id))[:count])
-
-
-class Fold(NamedTuple):
-    """Fold `number` of `of` folds, counted from 1."""
-
-    number: int
-    of: int
-
-
-def split_holdout(samples: Sequence[Sample], data: DataConfig, fold: Fold | None) -> tuple[list[Sample], list[Sample]]:
-    """Split samples into training images and held-out images, by a fold or by --holdout_images."""
-    return hold_out(samples, data.holdout_images) if fold is None else split_fold(samples, *fold)
-
-
-def split_fold(samples: Sequence[Sample], number: int, count: int) -> tuple[list[Sample], list[Sample]]:
-    """Split samples into training and held-out images of fold `number` of `count`, counted from 1.
-
-    The split depends on the hashes of the images, not on their order; copies are in the same fold. Raises ConfigError
-    for too few images.
-    """
-    contents = sorted({sample.sha256 for sample in samples})
-    if count > len(contents):
-        raise ConfigError(
-            f"holdout_folds={count} is more than the {len(contents)} images; give at most {len(contents)}"
-        )
-    heldout = set(contents[number - 1 :: count])
-    return _without(samples, [sample for sample in samples if sample.sha256 in heldout])
 
 
 def _without(samples: Sequence[Sample], heldout: Sequence[Sample]) -> tuple[list[Sample], list[Sample]]:

@@ -9,7 +9,6 @@ images/           preview images
 NAME.safetensors  the LoRA for other tools, with NAME.json and NAME.png; pytorch_lora_weights.safetensors for diffusers
 merged/           the pipeline that full fine-tuning saves
 NAME.comfyui.json, NAME.comfyui_api.json, NAME.parameters.txt  settings to reproduce NAME.png in ComfyUI and in A1111
-holdout-fold-N/   a run of cross-validation that holds out a part of the images
 stop, save        files that request to stop, or to save a checkpoint, after the current step
 """
 
@@ -44,7 +43,6 @@ KOHYA_COPY = "pytorch_lora_weights_kohya.safetensors"  # the name that diffusers
 _RUN_FILES = ("events.jsonl", "images", "README.md", "logs", LORA_FILE, EMBEDDINGS_FILE, KOHYA_COPY)
 # These files make a folder a run. Written first and moved last, so that an interruption leaves a recognizable run.
 _IDENTITY = ("config.json", "manifest.json")
-FOLD = "holdout-fold-"
 MEMBER = "member-"  # of the LoRAs that --members averages
 COMFYUI, COMFYUI_API, A1111_TEXT = ".comfyui.json", ".comfyui_api.json", ".parameters.txt"
 BESIDE_LORA = (".json", ".png", COMFYUI, COMFYUI_API, A1111_TEXT)  # suffixes of the files beside the LoRA file
@@ -112,18 +110,11 @@ class RunDir:
             if _PARTIAL_CHECKPOINT.fullmatch(path.name):
                 shutil.rmtree(path, ignore_errors=True)
 
-    def fold(self, number: int) -> RunDir:
-        """Return the folder of a fold of --holdout_folds; a request to stop this run stops it too."""
-        return self._inner(f"{FOLD}{number}")
-
     def member(self, number: int) -> RunDir:
         """Return the folder of a member of --members; a request to stop this run stops it too."""
-        return self._inner(f"{MEMBER}{number}")
-
-    def _inner(self, name: str) -> RunDir:
-        inner = RunDir(self.folder / name)
-        inner.stop_files.append(self.stop_file)
-        return inner
+        member = RunDir(self.folder / f"{MEMBER}{number}")
+        member.stop_files.append(self.stop_file)
+        return member
 
     @contextmanager
     def writing(self) -> Iterator[None]:

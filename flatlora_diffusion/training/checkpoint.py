@@ -53,11 +53,6 @@ def restore_checkpoint(state: TrainState, name: str) -> int:
             f"max_train_steps={state.total_steps} is below the {step} steps of {folder.name}; give at least {step}, "
             "or resume from an earlier checkpoint"
         )
-    if state.end < step:
-        raise ConfigError(
-            f"holdout_folds={state.config.data.holdout_folds} chose {state.end} steps, below the {step} of "
-            f"{folder.name}; resume from an earlier checkpoint, or leave --resume_from_checkpoint out"
-        )
     if state.total_steps != saved["max_train_steps"]:
         logger.info("%s", _new_length_text(state, step, saved))
     now = state.config.to_dict()

@@ -63,7 +63,7 @@ class Progress:
         steps_done: optimizer steps done; None during an update.
         skipped_steps: the last steps in a row that fp16's scaler has skipped.
         loss_scale: that of the last step; None without fp16's scaler.
-        last_step: the step whose weights are the result, if held-out images or folds have chosen it.
+        last_step: the step whose weights are the result, if held-out images have chosen it.
         average: with --members, a description of the average that the weights are.
         draws: hash of what the last step drew, except for eps.
         loss_increase: that of the last step, if the method is SAM-like.

@@ -1,4 +1,4 @@
-"""Runs within the folder of a run: the members of --members and the folds of --holdout_folds."""
+"""Runs within the folder of a run: the members of --members."""
 
 from __future__ import annotations
 

@@ -22,7 +22,7 @@ from flatlora_diffusion.adapter.new_tokens import rescale_embeddings
 from flatlora_diffusion.config import RunError, StoppedError, TrainConfig
 from flatlora_diffusion.data.class_images import load_class_samples
 from flatlora_diffusion.data.dataset import Sample, SampleSet
-from flatlora_diffusion.data.sources import Fold, load_training_set, split_holdout
+from flatlora_diffusion.data.sources import hold_out, load_training_set
 from flatlora_diffusion.families.device import any_process, one_training
 from flatlora_diffusion.memory.preflight import log_memory
 from flatlora_diffusion.signals import Interrupted, describe_interruption, hold_signals
@@ -35,7 +35,6 @@ from flatlora_diffusion.training.failure import friendly_errors, non_finite_slot
 from flatlora_diffusion.training.finish import present, save_result
 from flatlora_diffusion.training.first_gradients import start_from_gradients
 from flatlora_diffusion.training.holdout import Holdout
-from flatlora_diffusion.training.holdout_folds import choose_steps_by_folds
 from flatlora_diffusion.training.image_losses import ImageLosses
 from flatlora_diffusion.training.loss_scale import loss_scale
 from flatlora_diffusion.training.members import train_members
@@ -63,8 +62,7 @@ MAX_SKIPPED_STEPS = 20
 def train(config: TrainConfig) -> Path:
     """Train a LoRA.
 
-    With `members` several runs are trained and their LoRAs averaged; with `holdout_folds` cross-validation chooses the
-    number of steps of a run on all images.
+    With `members` several runs are trained and their LoRAs averaged.
 
     Args:
         config: the settings; `output_dir` is the run folder.
@@ -83,37 +81,25 @@ def train(config: TrainConfig) -> Path:
         run = RunDir(folder)
         if config.average.members is not None:
             return train_members(config, run, train_run)
-        if not config.data.holdout_folds:
-            return train_run(config, run)
-        config, images, last_step = choose_steps_by_folds(config, run, train_run)
-        return train_run(config, run, images, last_step=last_step)
+        return train_run(config, run)
 
 
-def train_run(
-    requested: TrainConfig,
-    run: RunDir,
-    images: SampleSet | None = None,
-    fold: Fold | None = None,
-    last_step: int | None = None,
-) -> Path:
+def train_run(requested: TrainConfig, run: RunDir, images: SampleSet | None = None) -> Path:
     """Train a single run: resolve, load, estimate, build, start or restore, loop, choose, export, present.
 
     Args:
         requested: the settings, in which seed, precision, resolution and steps may be open.
         run: the folder of the run.
         images: by default those of the settings.
-        fold: the cross-validation split whose images are held out.
-        last_step: the step to stop after; by default all steps are trained.
     """
     with describe_interruption(_nothing_trained):
         config = resolve(requested, run)
         check_disk_space(config)
         images = load_training_set(config.data) if images is None else images
         logger.info(images.summary)
-        samples, heldout = split_holdout(images.samples, config.data, fold)
+        samples, heldout = hold_out(images.samples, config.data.holdout_images)
         log_memory(config, samples)
         state = _build(config, samples, heldout)
-        state.progress.last_step = last_step
     with _close_at_end(state):
         with save_on_failure(state), friendly_errors(state.config):
             previews, first_step = _start_or_restore(state, config.run.resume_from_checkpoint)

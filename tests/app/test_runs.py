@@ -498,18 +498,6 @@ def test_a_run_that_was_stopped_in_its_members_goes_on_with_them(runs: RunStore,
     assert (run.state, run.is_resumable, run.advice) == ("stopped", True, "Resume continues from its members.")
 
 
-def test_a_run_that_was_stopped_in_its_folds_goes_on_with_them(runs: RunStore) -> None:
-    launch = runs.paths.next_launch(runs.paths.reserve("run"))
-    launch.folder.mkdir(parents=True)
-    write_json(launch.settings_file, {"holdout_folds": 2, "method": "lora"})
-    write_json(launch.exit_file, {"code": 3, "was_asked": True, "time": time.time()})
-    assert not runs.get("run").is_resumable
-    (runs.folder / "run" / "holdout-fold-2" / "checkpoint-1").mkdir(parents=True)
-    run = runs.get("run")
-    assert (run.state, run.is_resumable, run.advice) == ("stopped", True, "Resume continues from its folds.")
-    assert runs.resume_settings("run")["resume_from_checkpoint"] == "latest"
-
-
 @pytest.mark.parametrize(
     ("name", "sentence"),
     [

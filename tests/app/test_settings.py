@@ -97,9 +97,6 @@ def test_time_is_that_of_the_last_run_alike(tmp_path: Path) -> None:
     sam = estimate_time(config.replace(method="sam"), 10, runs)
     assert sam is not None
     assert sam.seconds_per_step == pytest.approx({"a": 1.0 * 6 / 2.5, "b": 3.0 * 6 / 2.75}[sam.run])
-    folded = estimate_time(config.replace(holdout_folds=4, checkpointing_steps=10), 10, runs)
-    assert folded is not None
-    assert folded.steps == 500
     several = estimate_time(config.replace(members=3), 10, runs)
     assert several is not None
     assert several.steps == 300
@@ -121,10 +118,8 @@ def test_memory_and_disk_are_counted(base: Path, tmp_path: Path) -> None:
     assert estimate_disk(config, 10, tmp_path).is_enough
     limited = config.replace(checkpoints_total_limit=1)
     assert estimate_disk(limited, 10, tmp_path).needed == need.checkpoint + need.result
-    folded = estimate_disk(config.replace(holdout_folds=3), 10, tmp_path).needed
     several = estimate_disk(config.replace(members=3), 10, tmp_path).needed
     assert several == 3 * (2 * need.checkpoint + need.result) + 3 * need.result
-    assert folded == 2 * need.checkpoint + need.result + 3 * (2 * need.checkpoint + need.result)
 
 
 def test_a_disk_that_is_too_small_is_not_enough(base: Path, tmp_path: Path) -> None:

@@ -158,7 +158,6 @@ NOT_RUN = {
     "enable_xformers_memory_efficient_attention": "xformers needs a GPU",
     "push_to_hub": "test_hub.py uploads to a hub on localhost",
     "hub_token": "test_hub.py",
-    "holdout_folds": "test_holdout_folds.py trains the folds",
     "members": "test_members.py trains them",
     "average_rank": "test_members.py",
     "remove_members": "test_members.py",

@@ -72,8 +72,6 @@ def test_the_trainings_are_counted(make: Any) -> None:
     without = make("lora", "flat-lora", own={"controls": False})
     assert trainings(without) == "2 trainings in all"
     assert not any(line.startswith("4.") for line in plan_lines(without))
-    folded = make("lora", max_train_steps=20, holdout_folds=3, checkpointing_steps=5)
-    assert "on 3 folds" in trainings(folded)
 
 
 def test_arms_with_other_steps_are_named(make: Any) -> None:

@@ -57,10 +57,7 @@ def test_steps_of_other_settings_are_not_used(tmp_path: Path, runs: dict[str, Pl
     assert step_seconds(list(planned(tmp_path, rank=8).values())) == {}
 
 
-def test_folds_and_recomputed_layers_take_their_time(tmp_path: Path) -> None:
-    folded = planned(tmp_path, holdout_folds=4, checkpointing_steps=10)
-    lora = [folded["lora"]]
-    assert training_seconds(lora, lora, 0.1) == pytest.approx(START + 5 * 100 * 6 * 2.5 * 0.1)
+def test_recomputed_layers_take_their_time(tmp_path: Path) -> None:
     plain, saving = planned(tmp_path), planned(tmp_path, gradient_checkpointing=True)
     for key in plain:
         one, other = [plain[key]], [saving[key]]

@@ -185,7 +185,6 @@ def test_members_are_removed_on_request(config: TrainConfig) -> None:
         {"use_dora": True},
         {"adapter": "full"},
         {"train_text_encoder_ti": True},
-        {"holdout_folds": 2},
         {"members": 1},
         {"members": None, "average_rank": 4},
         {"members": None, "remove_members": True},
