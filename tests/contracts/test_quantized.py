@@ -11,7 +11,6 @@ from peft import inject_adapter_in_model
 from tiny_models import (
     ATTENTION,
     DENOISERS,
-    KLEIN_LAYERS,
     Adapter,
     Case,
     loss_and_gradients,
@@ -23,7 +22,7 @@ from torch import Tensor, nn
 from flatlora_diffusion import FlatLora
 
 PACKAGES = {"nf4": "bitsandbytes", "int8": "bitsandbytes", "torchao-int8": "torchao"}
-TARGETS = {"unet": (*ATTENTION, "ff.net.0.proj", "proj_in"), "klein": KLEIN_LAYERS}
+UNET_LAYERS = (*ATTENTION, "ff.net.0.proj", "proj_in")
 
 
 @pytest.fixture(params=PACKAGES)
@@ -76,8 +75,9 @@ def cases(kind: str, denoiser: str = "unet") -> tuple[Case, Case]:
             setattr(quantized.get_submodule(parent), child, held)
             layer.weight.data = dequantized(held)
     quantized.is_loaded_in_4bit, quantized.is_loaded_in_8bit = kind == "nf4", kind == "int8"
+    config = Adapter().config(UNET_LAYERS) if denoiser == "unet" else pattern.model.peft_config["default"]
     for model in models:
-        model.add_adapter(Adapter().config(TARGETS[denoiser]))
+        model.add_adapter(config)
         randomize_adapters(model)
     return Case(quantized, pattern.predict, pattern.target), Case(plain, pattern.predict, pattern.target)
 
