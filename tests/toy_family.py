@@ -28,6 +28,8 @@ TARGETS = ("to_q", "to_k", "to_v", "to_out.0")
 class ToyFamily(Family):
     name = "the toy family"
     pipeline = PIPELINE
+    usual_base = "someone/toy"
+    hub_name = "someone/toy"
     denoiser = "transformer"
     denoiser_title = "transformer"
     text_parts = ("text_encoder",)

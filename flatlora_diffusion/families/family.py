@@ -28,6 +28,7 @@ class Family(ABC):
     Attributes:
         name: its name in messages.
         pipeline: the class of the pipeline in diffusers, by which `registry.FAMILIES` finds the family.
+        usual_base: the hub id of the base whose sizes stand for a base that is not on disk.
         denoiser: the part of the pipeline that gets a LoRA, which is also its prefix in LoRA files.
         denoiser_title: its name in messages.
         text_parts: the text encoders of the pipeline.
@@ -36,12 +37,14 @@ class Family(ABC):
         steps, guidance: defaults of an image.
         prefers_bf16: whether fp16 may overflow where bf16 does not.
         loader: `module:function` that loads a base, as `registry.load_base`.
+        hub_name: lower-case text in hub ids of its bases, by which one not on disk is recognized; None for SDXL.
         single_file_saver: `module:function` that saves a pipeline as a single file; None if that is not supported.
         random_loader: `module:function` that creates a base with random weights, as `registry.random_base`.
     """
 
     name: str
     pipeline: str
+    usual_base: str
     denoiser: str
     denoiser_title: str
     text_parts: tuple[str, ...]
@@ -52,6 +55,7 @@ class Family(ABC):
     prefers_bf16: bool
     loader: str
     random_loader: str
+    hub_name: str | None = None
     single_file_saver: str | None = None
 
     @property

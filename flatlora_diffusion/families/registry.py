@@ -25,18 +25,23 @@ FAMILIES = {
 
 
 def family_of(config: ModelConfig) -> Family:
-    """Return the family of a base by its model_index.json.
+    """Return the family of a base by its model_index.json, or by its hub id if that is not on disk.
 
-    A hub id that is not on disk is a klein if its name says so. Other bases and single files are SDXL.
+    Other bases and single files are SDXL.
     """
     file = base_file(config, "model_index.json")
-    name = config.pretrained_model_name_or_path
-    unknown = _KLEIN if name == TINY_KLEIN or "flux.2-klein" in name.lower() else _USUAL
+    if file is None:
+        return _family_of_name(config.pretrained_model_name_or_path)
     try:
-        kind = unknown if file is None else str(json.loads(file.read_text(encoding="utf-8"))["_class_name"])
+        kind = str(json.loads(file.read_text(encoding="utf-8"))["_class_name"])
     except (OSError, ValueError, LookupError, TypeError):  # reported when the base is loaded
         kind = _USUAL
     return _family(FAMILIES.get(kind, FAMILIES[_USUAL]))
+
+
+def families() -> list[Family]:
+    """Return all families."""
+    return [_family(path) for path in FAMILIES.values()]
 
 
 def family_of_pipeline(pipeline: object) -> Family:
@@ -66,6 +71,11 @@ def base_title(model: ModelConfig) -> str:
 def base_line(model: ModelConfig) -> str:
     """Return `base: ` and the title; for an included base also the flag that selects another."""
     return "; ".join(filter(None, (f"base: {base_title(model)}", remedy(model))))
+
+
+def _family_of_name(name: str) -> Family:
+    usual = _family(FAMILIES[_KLEIN if name == TINY_KLEIN else _USUAL])
+    return next((family for family in families() if family.hub_name and family.hub_name in name.lower()), usual)
 
 
 @lru_cache

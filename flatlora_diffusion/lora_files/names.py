@@ -8,7 +8,7 @@ from typing import Any, Literal, NamedTuple, cast
 
 from torch import nn
 
-from flatlora_diffusion.config import DENOISERS, INCLUDED_BASES, KLEIN, SDXL, ModelConfig
+from flatlora_diffusion.config import DENOISERS, INCLUDED_BASES, SDXL, ModelConfig
 from flatlora_diffusion.families.family import Family
 from flatlora_diffusion.families.labels import Labels
 from flatlora_diffusion.families.paths import config_file
@@ -69,13 +69,13 @@ class BaseNames:
 
 
 def base_names(base: str | None = None) -> BaseNames:
-    """Get the names of a base: a diffusers folder or an included base; those of SDXL or klein if it is not on disk.
+    """Get the names of a base: a diffusers folder or an included base; its family's usual ones if it is not on disk.
 
     None is SDXL."""
     config = ModelConfig(pretrained_model_name_or_path=base or SDXL)
     family = family_of(config)
     name = config.pretrained_model_name_or_path
-    if name in (SDXL, KLEIN):
+    if name == family.usual_base:
         name = family.name
     elif name not in INCLUDED_BASES and not Path(name).exists() and config_file(config, family.denoiser) is None:
         name = f"{family.name} ({name} is not on this disk)"

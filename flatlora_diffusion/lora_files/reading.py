@@ -17,7 +17,8 @@ from torch import Tensor
 
 from flatlora_diffusion.adapter.delta import LazyLayers, Update, Updates
 from flatlora_diffusion.adapter.layers import PARTS
-from flatlora_diffusion.config import KLEIN, SDXL, TINY, TINY_KLEIN, ConfigError
+from flatlora_diffusion.config import SDXL, TINY, TINY_KLEIN, ConfigError
+from flatlora_diffusion.families.registry import families
 from flatlora_diffusion.lora_files.key_mapping import (
     DOWN_ENDS,
     OTHER_ADAPTERS,
@@ -90,8 +91,8 @@ def import_lora(file: CheckedFile, base: str | None) -> ImportedLora:
     The scale of a layer is alpha / rank with the layer's alpha, else from the adapter's settings, else 1.
 
     Args:
-        base: A diffusers folder or `tiny`; None for SDXL, `tiny` or FLUX.2 klein, whichever the file's names and
-            shapes fit.
+        base: A diffusers folder or `tiny`; None for an included base or the usual one of a family, whichever the
+            file's names and shapes fit.
 
     Raises:
         ConfigError: The file is for another model family, no LoRA, or does not fit the base.
@@ -197,12 +198,13 @@ def _candidates(file: CheckedFile, base: str | None) -> list[BaseNames]:
     if base is not None:
         return [base_names(base)]
     if is_for_transformer(file):
-        for name in (KLEIN, *(name for name in available_bases() if name == TINY_KLEIN)):
-            klein = base_names(name)
-            # FLUX.1 has layers of the same names and shapes, and others.
-            whole = not any(key.endswith(DOWN_ENDS) for key in map_keys(with_split_layers(file, klein), klein).unknown)
-            if whole and shape_mismatches(file, klein) == []:
-                return [klein]
+        usual = [family.usual_base for family in families() if family.denoiser == "transformer"]
+        for name in (*usual, *(name for name in available_bases() if name == TINY_KLEIN)):
+            names = base_names(name)
+            # FLUX.1 has layers of klein's names and shapes, and others.
+            whole = not any(key.endswith(DOWN_ENDS) for key in map_keys(with_split_layers(file, names), names).unknown)
+            if whole and shape_mismatches(file, names) == []:
+                return [names]
     return [base_names(SDXL), base_names(TINY)]
 
 

@@ -24,14 +24,7 @@ _STYLE_NAMES = {
     "diffusers-old": "diffusers before PEFT (lora.down)",
     "processor": "the oldest of diffusers (processor.to_q_lora)",
 }
-# Steps of a block's path, by its first.
-_BLOCK_STEPS = {
-    "mid_block": 3,
-    "down_blocks": 4,
-    "up_blocks": 4,
-    "transformer_blocks": 2,
-    "single_transformer_blocks": 2,
-}
+_BLOCK_STEPS = {"mid_block": 3, "down_blocks": 4, "up_blocks": 4}  # of a block's path, by its first
 _MAX_TAGS = 5
 _MAX_KEYS = 20  # in the text; JSON has all
 
@@ -98,7 +91,8 @@ def _block(layer: FileLayer) -> str:
     if layer.target.part not in DENOISERS:
         return ""
     steps = layer.target.module.split(".")
-    return ".".join(steps[: _BLOCK_STEPS.get(steps[0], 1)])
+    is_numbered = len(steps) > 1 and steps[1].isdigit()  # a transformer's block
+    return ".".join(steps[: _BLOCK_STEPS.get(steps[0], 2 if is_numbered else 1)])
 
 
 def _block_report(lora: ImportedLora, part: str, block: str, layers: Sequence[FileLayer]) -> dict[str, Any]:
@@ -144,7 +138,7 @@ def _lines(report: Mapping[str, Any]) -> list[str]:
         *(f"warning  {warning}" for warning in report["warnings"]),
         "",
         *text_table(("block", "layers", "rank", "||dW||"), rows),
-        "",
+        *([""] if tools else []),
         *(f"{tool:22}{count}{': ' if note else ''}{note}" for tool, count, note in tools),
         *(["", f"{len(unknown)} keys of no layer: {shortlist(unknown, _MAX_KEYS)}"] if unknown else []),
     ]

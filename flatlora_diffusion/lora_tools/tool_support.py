@@ -1,4 +1,4 @@
-"""Predicts how much of a LoRA file for SDXL each tool reads, by its loader's rules for key names.
+"""Predicts how much of a LoRA file each tool reads, by its loader's rules for key names; the rules here are for SDXL.
 
 The rules come from running or reading those loaders; no tool is run here.
 """
@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from typing import NamedTuple
 
 from torch import nn
@@ -28,6 +28,9 @@ _INVOKEAI_IGNORED = "bundle_emb"  # the embeddings of new tokens
 _SDXL_BLOCKS = re.compile(r"lora_unet_((input|output)_blocks|middle_block|time_embed|label_emb|out)_\d")
 
 
+Predict = Callable[[ImportedLora], tuple[int, str]]
+
+
 class Support(NamedTuple):
     """The number of a file's layers that a tool applies, and a note for its user."""
 
@@ -37,20 +40,18 @@ class Support(NamedTuple):
 
 
 def tool_support(lora: ImportedLora) -> list[Support]:
-    """Predict the support of each tool, in a fixed order."""
+    """Predict the support of each tool, in a fixed order; empty for a family without rules."""
     labels = lora.base.labels
-    if labels.is_flow:
-        diffusers = Support("diffusers", *diffusers_layers(lora))
-        comfyui = Support("ComfyUI", *comfyui_layers(lora))
-        if labels.is_demo:
-            comfyui = Support("ComfyUI", 0, f"only diffusers supports its base, {labels.name}")
-        return [_with_strength(lora, comfyui), diffusers]
+    tools = _TOOLS_BY_FAMILY.get(lora.base.family.pipeline, {})
+    supports = [Support(tool, *predict(lora)) for tool, predict in tools.items()]
     if labels.is_demo:
-        count, note = diffusers_support(lora)
-        diffusers = Support("diffusers", count, note or "with the tiny base only")
         unsupported = f"only diffusers supports its base, {labels.name}"
-        return [diffusers if tool == diffusers.tool else Support(tool, 0, unsupported) for tool in _TOOLS]
-    supports = [Support(tool, *predict(lora)) for tool, predict in _TOOLS.items()]
+        return [
+            row._replace(note=row.note or "with the tiny base only")
+            if row.tool == "diffusers"
+            else Support(row.tool, 0, unsupported)
+            for row in supports
+        ]
     return [row if row.tool == "diffusers" else _with_strength(lora, row) for row in supports]
 
 
@@ -163,7 +164,7 @@ def _draw_things(lora: ImportedLora) -> tuple[int, str]:
     return _count(lora, is_read), "; ".join(notes)
 
 
-_TOOLS: dict[str, Callable[[ImportedLora], tuple[int, str]]] = {
+_TOOLS: dict[str, Predict] = {
     "ComfyUI": _comfyui,
     "AUTOMATIC1111": _a1111,
     "Forge": _forge,
@@ -173,6 +174,10 @@ _TOOLS: dict[str, Callable[[ImportedLora], tuple[int, str]]] = {
     "stable-diffusion.cpp": _sd_cpp,
     "Draw Things": _draw_things,
     "diffusers": diffusers_support,
+}
+_TOOLS_BY_FAMILY: dict[str, Mapping[str, Predict]] = {  # by the class of the pipeline
+    "StableDiffusionXLPipeline": _TOOLS,
+    "Flux2KleinPipeline": {"ComfyUI": comfyui_layers, "diffusers": diffusers_layers},
 }
 
 

@@ -7,15 +7,18 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from toy_family import PIPELINE, TARGETS, Toy, save_toy
+from safetensors.torch import save_file
+from toy_family import PIPELINE, TARGETS, Toy, ToyFamily, save_toy, transformer
 
 from flatlora_diffusion.adapter import lora as adapter
+from flatlora_diffusion.commands.command_line import main
 from flatlora_diffusion.config import SDXL, TINY, ConfigError, MergeConfig, ModelConfig, TrainConfig
 from flatlora_diffusion.data.sources import load_training_set
 from flatlora_diffusion.evaluation.probe import draw_losses, fixed_probe, with_prompts
 from flatlora_diffusion.families.batch import joined, masked
 from flatlora_diffusion.families.registry import FAMILIES, family_of, load_base
 from flatlora_diffusion.families.sdxl.family import SdxlFamily
+from flatlora_diffusion.lora_files.names import base_names
 from flatlora_diffusion.lora_tools.merging import merge_loras
 from flatlora_diffusion.storage.hashing import base_fingerprint
 from flatlora_diffusion.training.resolve_config import check_before_loading
@@ -104,3 +107,26 @@ def test_conditions_are_joined_and_zeroed_by_image() -> None:
     zeroed = masked(whole, torch.tensor([True, False]))
     assert zeroed["a"].sum(dim=(1, 2)).tolist() == [6, 0]
     assert zeroed["b"].tolist() == [1, 0]
+
+
+def test_a_base_that_is_not_on_disk_has_the_family_of_its_hub_id(toy: Path) -> None:
+    assert family_of(ModelConfig("Someone/Toy-v2")).name == "the toy family"
+    assert isinstance(family_of(ModelConfig("someone/another")), SdxlFamily)
+    assert base_names("Someone/Toy-v2").base == "the toy family (Someone/Toy-v2 is not on this disk)"
+    assert base_names(ToyFamily.usual_base).base == "the toy family"
+
+
+def test_a_lora_of_another_family_is_recognized_without_a_base(
+    toy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tensors = {}
+    for name, layer in transformer().named_modules():
+        if name.endswith(TARGETS):
+            tensors[f"transformer.{name}.lora_A.weight"] = torch.ones(1, layer.in_features)
+            tensors[f"transformer.{name}.lora_B.weight"] = torch.ones(layer.out_features, 1)
+    save_file(tensors, tmp_path / "lora.safetensors")
+    assert main(["inspect", str(tmp_path / "lora.safetensors")]) == 0
+    text = capsys.readouterr().out
+    assert text.startswith("lora.safetensors: a LoRA for toy\n")
+    assert "transformer.transformer_blocks.0 " in text
+    assert "ComfyUI" not in text, "the tools that read its LoRAs are not known"

@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from flatlora_diffusion.config import ModelConfig
+from flatlora_diffusion.config import KLEIN, ModelConfig
 from flatlora_diffusion.families.family import Family, Sizes
 from flatlora_diffusion.families.klein import shapes
 from flatlora_diffusion.families.klein.labels import labels_of
@@ -44,6 +44,8 @@ class KleinFamily(Family):
 
     name = "FLUX.2 klein"
     pipeline = "Flux2KleinPipeline"
+    usual_base = KLEIN
+    hub_name = "flux.2-klein"
     denoiser = "transformer"
     denoiser_title = "transformer"
     text_parts = ("text_encoder",)

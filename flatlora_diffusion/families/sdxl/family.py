@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from flatlora_diffusion.config import TEXT_PARTS, ModelConfig
+from flatlora_diffusion.config import SDXL, TEXT_PARTS, ModelConfig
 from flatlora_diffusion.families.family import Family, Sizes
 from flatlora_diffusion.families.labels import Labels
 from flatlora_diffusion.families.sdxl import shapes
@@ -22,6 +22,7 @@ class SdxlFamily(Family):
 
     name = "SDXL"
     pipeline = "StableDiffusionXLPipeline"
+    usual_base = SDXL
     denoiser = "unet"
     denoiser_title = "UNet"
     text_parts = TEXT_PARTS
