@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import subprocess
 import sys
 from importlib.metadata import version
@@ -300,3 +301,13 @@ def test_importing_the_libraries_prints_nothing() -> None:
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert done.stderr == ""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="GNU's OpenMP comes with PyTorch for Linux only")
+def test_threads_wait_for_each_other_for_a_short_time_only() -> None:
+    environment = {**os.environ, "OMP_DISPLAY_ENV": "verbose"}
+    for name in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT"):
+        environment.pop(name, None)
+    code = "import flatlora_diffusion.commands.command_line, torch"
+    program = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    assert "GOMP_SPINCOUNT = '20000'" in program.stderr
