@@ -14,12 +14,13 @@ from torch import Tensor, nn
 from flatlora_diffusion.config import ConfigError, ModelConfig, ObjectiveConfig
 from flatlora_diffusion.families.base import Base
 from flatlora_diffusion.families.drawing import Drawing, ImageSettings, a1111_sampler
+from flatlora_diffusion.families.flow_matching import noise_levels
 from flatlora_diffusion.families.klein.drawing import TEXT_ENCODER_4B, TEXT_ENCODER_9B, KleinDrawing, has_workflow
 from flatlora_diffusion.families.klein.family import KleinFamily
 from flatlora_diffusion.families.klein.labels import KLEIN_9B
 from flatlora_diffusion.families.klein.latents import PATCH, from_tokens, vae_factor
 from flatlora_diffusion.families.klein.loading import LAYERS, load_pipeline
-from flatlora_diffusion.families.klein.objective import KleinObjective, noise_levels, objective_of
+from flatlora_diffusion.families.klein.objective import KleinObjective
 from flatlora_diffusion.families.klein.shapes import native_size, prompt_length
 
 logger = logging.getLogger(__name__)
@@ -101,7 +102,7 @@ class Klein(Base):
         if config is None:
             return KleinObjective(self.levels)
         self.family.check_sections(config)
-        return objective_of(config, self.levels)
+        return KleinObjective.of(config, self.levels)
 
     def timesteps_at(self, shares: Tensor) -> Tensor:
         return self.levels.to(shares.device)[(shares * len(self.levels)).long()]

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from flatlora_diffusion.config import ConfigError, ObjectiveConfig
 from flatlora_diffusion.families.batch import Batch
-from flatlora_diffusion.families.klein.objective import KleinObjective, noise_levels, objective_of
+from flatlora_diffusion.families.flow_matching import noise_levels
+from flatlora_diffusion.families.klein.objective import KleinObjective
 from flatlora_diffusion.families.objective import diffusion_loss, sample_losses
 
 LEVELS = noise_levels(FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True))
@@ -36,7 +37,7 @@ def make_batch(**more: Tensor) -> Batch:
 
 
 def levels_of(count: int, **settings: Any) -> Tensor:
-    objective = objective_of(ObjectiveConfig(**settings), LEVELS)
+    objective = KleinObjective.of(ObjectiveConfig(**settings), LEVELS)
     return objective.draw(torch.zeros(count, 1, 1, 1), torch.Generator().manual_seed(3))[1]
 
 
@@ -106,7 +107,7 @@ def test_weightings_of_the_loss_have_their_formulas() -> None:
         ("logit_normal", torch.ones(3)),
         ("mode", torch.ones(3)),
     ):
-        objective = objective_of(ObjectiveConfig(weighting_scheme=scheme), LEVELS)  # type: ignore[arg-type]
+        objective = KleinObjective.of(ObjectiveConfig(weighting_scheme=scheme), LEVELS)  # type: ignore[arg-type]
         torch.testing.assert_close(sample_losses(Recorder(), objective, batch, noise, levels), plain * weights)
         assert torch.equal(sample_losses(Recorder(), objective.unweighted(), batch, noise, levels), plain)
 
@@ -134,4 +135,4 @@ def test_masks_and_weights_of_images_change_the_mean() -> None:
 
 def test_an_empty_range_of_timesteps_is_refused() -> None:
     with pytest.raises(ConfigError, match="min_timestep=5 and max_timestep=4"):
-        objective_of(ObjectiveConfig(min_timestep=5, max_timestep=4), LEVELS)
+        KleinObjective.of(ObjectiveConfig(min_timestep=5, max_timestep=4), LEVELS)
