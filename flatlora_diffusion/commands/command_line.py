@@ -68,7 +68,7 @@ DEMO_FLAGS = ("--preset", "demo", "--no_controls", "--arms", *DEMO_ARMS)
 DEMO_FLAGS_OF_BASE = {
     TINY: ("--guidance_scale", "2.5"),  # at the default of 5 the tiny base shows more of its own style
     TINY_KLEIN: (
-        *("--pretrained_model_name_or_path", TINY_KLEIN, "--lora_target_modules", "attn"),
+        *("--pretrained_model_name_or_path", TINY_KLEIN, "--lora_target_modules", "all-linear"),
         *("--guidance_scale", "4", "--output_dir", "outputs/demo_klein"),
     ),
 }

@@ -218,7 +218,7 @@ def test_the_demo_on_the_tiny_klein_has_settings_of_its_own(
     assert main(["demo", "--base=tiny"]) == 1
     (klein, own), (sdxl, usual) = asked
     assert (klein.model.pretrained_model_name_or_path, klein.optim.max_train_steps) == (TINY_KLEIN, 7)
-    assert (klein.adapter.lora_target_modules, klein.run.output_dir) == ("attn", "outputs/demo_klein")
+    assert (klein.adapter.lora_target_modules, klein.run.output_dir) == ("all-linear", "outputs/demo_klein")
     assert (own.guidance_scale, usual.guidance_scale) == (4, 2.5)
     assert sdxl.model.pretrained_model_name_or_path == TINY
     family_of(klein.model).check_settings(klein)
