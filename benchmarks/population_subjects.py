@@ -120,7 +120,7 @@ _ALL = [
         "3 x steps, cosine rate", "lora:max_train_steps=900,lr_scheduler=cosine,lr_warmup_steps=0", strengths=_WEAKENED
     ),
     Subject("Flat-LoRA, paper", "flat-lora:perturb_draw=full,perturb_per=step,perturb_norm_every=1"),
-    Subject("Flat-LoRA 0.4", _FLAT),
+    Subject("Flat-LoRA 0.4", _FLAT, strengths=_WEAKENED),
     Subject("Flat-LoRA, tuned", f"flat-lora:{_TUNED}", strengths=_WEAKENED),
     Subject("LoRA, tuned", "lora:learning_rate=0.00052,lora_dropout=0.14,adam_weight_decay=1.2"),
     Subject("SAM, rise 10 %", "sam:rho_rise=0.1", strengths=_WEAKENED),
@@ -136,5 +136,5 @@ _ALL = [
 ]
 SUBJECTS = {subject.name: subject for subject in _ALL}
 # A rho fits one base, while a rise of the loss means the same on each. 10 % is half of what is like rho 0.25 on tiny.
-_KLEIN = ("lora", "average of 3", "Flat-LoRA 0.4", "SAM, rise 10 %")
+_KLEIN = ("lora", "average of 3", "Flat-LoRA, paper", "Flat-LoRA 0.4", "SAM, rise 10 %")
 SUBJECTS_ON = {TINY: tuple(name for name in SUBJECTS if name != "SAM, rise 10 %"), TINY_KLEIN: _KLEIN}

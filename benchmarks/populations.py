@@ -3,7 +3,7 @@
     python -m benchmarks.populations --work FOLDER                       # train and measure all that is missing
     python -m benchmarks.populations --work FOLDER --subjects lora sam   # only these
     python -m benchmarks.populations --work FOLDER --only-write          # the JSON of what is measured so far
-    python -m benchmarks.populations --work FOLDER --base tiny_klein     # on a FLUX.2 klein: four subjects
+    python -m benchmarks.populations --work FOLDER --base tiny_klein     # on a FLUX.2 klein: five subjects
 
 Each subject is trained in `--groups` groups of three members with a seed each and measured on every list of
 `population_icons`: the denoising loss of each icon under four (noise, timestep) draws, stratified over time, the same
