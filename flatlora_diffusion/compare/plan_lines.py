@@ -8,12 +8,12 @@ from flatlora_diffusion.compare.arms import PlannedRun
 from flatlora_diffusion.compare.evaluator import HELDOUT
 from flatlora_diffusion.compare.experiment import Experiment
 from flatlora_diffusion.compare.inputs import free_gpu_memory
-from flatlora_diffusion.compare.page.format import count_text
 from flatlora_diffusion.compare.page.page import GRID, PAGE
 from flatlora_diffusion.compare.timing import duration_text, seconds_per_pass, step_seconds, training_seconds
 from flatlora_diffusion.config import ConfigError
 from flatlora_diffusion.memory.disk import PIXEL, class_images_need, run_bytes
 from flatlora_diffusion.memory.estimate import in_gib, resolution_of
+from flatlora_diffusion.storage.formatting import count_text
 from flatlora_diffusion.training.disk_space import free_bytes
 
 
