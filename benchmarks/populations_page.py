@@ -19,7 +19,8 @@ from scipy import optimize
 
 from benchmarks.population_icons import TUNING_FLAT
 from benchmarks.population_uses import ALONE, ALONE_IN_BOTH, BESIDE, BITS, USES
-from flatlora_diffusion.evaluation.crossed_statistics import CrossedDifference, crossed_difference, holm
+from flatlora_diffusion.evaluation.crossed_statistics import CrossedDifference, crossed_difference
+from flatlora_diffusion.evaluation.paired_statistics import CONFIDENCE
 
 FOLDER = Path(__file__).parent
 PAGE = FOLDER.parent / "docs" / "generalization.md"
@@ -266,6 +267,17 @@ def uses_section(data: Mapping[str, Any]) -> str:
     ]
     about = f'Rise of the loss on "{data["list"]}" by what is done to a LoRA, {len(groups)} groups:'
     return "\n".join(["## In use", "", about, "", *table(head, rows)])
+
+
+def holm(p_values: Sequence[float], level: float = 1 - CONFIDENCE) -> list[bool]:
+    """Return which tests of a family reject at `level`, by Holm's step-down procedure (Scand. J. Stat. 6, 1979)."""
+    order = sorted(range(len(p_values)), key=lambda index: p_values[index])
+    rejected = [False] * len(p_values)
+    for rank, index in enumerate(order):
+        if p_values[index] > level / (len(p_values) - rank):
+            break
+        rejected[index] = True
+    return rejected
 
 
 def _less(minuend: str, subtrahend: str) -> list[float]:

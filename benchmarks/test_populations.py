@@ -29,6 +29,7 @@ from benchmarks.populations_page import (
     Study,
     compared,
     equal_forgetting,
+    holm,
     style_section,
     uses_section,
 )
@@ -259,3 +260,10 @@ def test_subjects_are_trained_and_measured_on_a_klein(tmp_path: Path, monkeypatc
     assert np.abs(average).max() > 0
     for member in range(3):
         assert not np.allclose(average, study.table("lora", "unknown", [0], 1.0, member))
+
+
+def test_holm_rejects_step_by_step() -> None:
+    assert holm([0.01, 0.04, 0.03]) == [True, False, False]  # 0.01 <= 0.05/3, then 0.03 > 0.05/2
+    assert holm([0.01, 0.04, 0.02]) == [True, True, True]
+    assert holm([0.06]) == [False]
+    assert holm([]) == []

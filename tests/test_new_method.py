@@ -9,7 +9,7 @@ import pytest
 from safetensors.torch import load_file
 
 from flatlora_diffusion.commands.command_line import main
-from flatlora_diffusion.commands.train_flags import parse_config
+from flatlora_diffusion.commands.train_flags import parse_training
 from flatlora_diffusion.compare.arms import parse_arm, plan_runs
 from flatlora_diffusion.compare.timing import training_seconds
 from flatlora_diffusion.config import METHODS, ConfigError, TrainConfig
@@ -44,11 +44,11 @@ def test_it_trains(config: TrainConfig, tmp_path: Path) -> None:
 
 
 def test_the_command_line_knows_it_and_its_settings(capsys: pytest.CaptureFixture[str]) -> None:
-    assert parse_config(["--method", "Toy"]).perturb.effective_rho == 0.7
+    assert parse_training(["--method", "Toy"])[0].perturb.effective_rho == 0.7
     with pytest.raises(ConfigError, match=r"--method toy has no sigma"):
-        parse_config(["--method", "toy", "--sigma", "0.1"])
+        parse_training(["--method", "toy", "--sigma", "0.1"])
     with pytest.raises(ConfigError, match=r"--method toy .*--adapter full"):
-        parse_config(["--method", "toy", "--adapter", "full"])
+        parse_training(["--method", "toy", "--adapter", "full"])
     with pytest.raises(SystemExit):
         main(["train", "--help-all"])
     assert TOY.help in " ".join(capsys.readouterr().out.split())

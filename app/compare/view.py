@@ -122,7 +122,8 @@ class CompareView:
         comparison = self.comparison(form)
         wanted = comparison.pictures()
         drawn = self.cache.find(wanted)
-        coming = self._coming(wanted)
+        open_jobs = self._open_jobs(wanted)
+        coming = {one for job in open_jobs for one in self.cache.pictures_of(job)}
         missing = [one for one in wanted if one not in drawn and one not in coming]
         if self.context.settings.read_only:
             self._check_room(comparison, len(missing))
@@ -130,7 +131,7 @@ class CompareView:
         orders = orders_for(missing, comparison.drawing, comparison.files)
         commands = [(order.arguments(), order.about) for order in orders]
         queue = self.context.queue
-        waiting = [job for job in self._open_jobs(wanted) if job.state == "queued"]
+        waiting = [job for job in open_jobs if job.state == "queued"]
         jobs = [queue.add_command("generate", command, session, about) for command, about in commands]
         for job in reversed([*waiting, *jobs]) if goes_first else ():
             queue.preempt(job.id)
@@ -170,12 +171,6 @@ class CompareView:
 
     def drawn(self, comparison: Comparison) -> Mapping[Picture, Path]:
         return self.cache.find(comparison.pictures())
-
-    def _coming(self, wanted: Sequence[Picture]) -> set[Picture]:
-        coming: set[Picture] = set()
-        for job in self._open_jobs(wanted):
-            coming.update(self.cache.pictures_of(job))
-        return coming
 
     def _open_jobs(self, pictures: Sequence[Picture]) -> list[Job]:
         return [job for job in self.cache.jobs_for(pictures) if job.state in ("queued", "running")]

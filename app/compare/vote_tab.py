@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -65,7 +66,7 @@ def build_vote(
         return vote
 
     def on_reveal(ballot: Ballot) -> tuple[Any, ...]:
-        ended = votes.reveal(ballot)
+        ended = replace(ballot, is_revealed=True)
         return ended, *vote_outputs(votes, ended)
 
     load(lambda voter: voter or secrets.token_hex(8), voter, voter, **quiet)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import lru_cache
 from html import escape
 from pathlib import Path
@@ -33,7 +33,7 @@ NO_BALLOT = empty_page(
 
 @dataclass(frozen=True)
 class Ballot:
-    """The pairs of one blind vote between the arms called `first` and `second`."""
+    """The pairs of one blind vote between the arms called `first` and `second`; it ends when they are revealed."""
 
     pairs: tuple[BlindPair, ...]
     first: str
@@ -85,10 +85,6 @@ class VoteView:
         if pair is not None:
             self._store.add_vote(pair.id, ballot.question, ballot.voter, choice)
 
-    def reveal(self, ballot: Ballot) -> Ballot:
-        """End the vote and reveal the arms of the pictures."""
-        return replace(ballot, is_revealed=True)
-
     def page(self, ballot: Ballot) -> VotePage:
         """The next pair, or the revealed pairs at the end."""
         pair = self._next(ballot)
@@ -111,8 +107,7 @@ class VoteView:
 
     def _next(self, ballot: Ballot) -> BlindPair | None:
         answers = self._answers(ballot)
-        is_over = ballot.is_revealed
-        return None if is_over else next((pair for pair in ballot.pairs if pair.id not in answers), None)
+        return None if ballot.is_revealed else next((pair for pair in ballot.pairs if pair.id not in answers), None)
 
     def _count(self, ballot: Ballot, is_over: bool) -> str:
         count = tally(ballot.pairs, self._answers(ballot))

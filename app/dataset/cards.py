@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import wraps
 from html import escape
 from typing import Any
@@ -20,7 +20,7 @@ from ..context import AppContext
 from ..errors import describe_error, is_user_error
 from ..uploads.save_upload import MAX_CAPTION_LENGTH
 from ..widgets.html import data_url, read_static
-from .view import Card, DatasetView
+from .view import Card
 
 _CardFunction = Callable[[dict[str, Any]], dict[str, Any]]
 _LARGE = 1600  # pixels of the longer side
@@ -30,13 +30,13 @@ CARDS_CSS = read_static("image_cards.css")
 CARDS_SCRIPT = read_static("image_cards.js")
 
 
-def cards_page(view: DatasetView, session: str) -> str:
+def cards_page(cards: Sequence[Card], session: str) -> str:
     """All cards as one list.
 
     Each page is unique: for an equal page the browser would redraw nothing and keep typed text in its fields.
     """
-    cards = "".join(map(_card, view.cards))
-    return f'<ul class="fl-photos" data-session="{escape(session)}" data-drawn="{time.time_ns()}">{cards}</ul>'
+    items = "".join(map(_card, cards))
+    return f'<ul class="fl-photos" data-session="{escape(session)}" data-drawn="{time.time_ns()}">{items}</ul>'
 
 
 def card_functions(context: AppContext) -> list[Callable[[dict[str, Any]], dict[str, Any]]]:

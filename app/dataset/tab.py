@@ -65,18 +65,18 @@ def show(context: AppContext, thumbnails: Thumbnails, session: str, trigger: str
         context.allowed_paths.check_model("pretrained_model_name_or_path", base)
         model = ModelConfig(pretrained_model_name_or_path=base)
         framed = framing(model, _resolution(resolution), background, has_buckets)
-        view = load_view(context.uploads, thumbnails, session, framed)
+        cards = load_view(context.uploads, thumbnails, session, framed)
     except ConfigError as error:  # while a colour is being typed, so in place of the count and not as an alarm
         return gr.skip(), note(html.escape(with_labels(str(error))), "fl-bad"), gr.skip(), back
-    count = len(view.cards)
+    count, captioned = len(cards), sum(bool(card.caption) for card in cards)
     shape = f"about {framed.size} x {framed.size}" if has_buckets else f"{framed.size} x {framed.size}"
-    message = f"<b>{count} images, captions {view.captioned}/{count}</b>, shown as trained on: {shape} pixels"
+    message = f"<b>{count} images, captions {captioned}/{count}</b>, shown as trained on: {shape} pixels"
     word = trigger.strip()
-    if word and view.captioned and not any(has_trigger(card.caption, word) for card in view.cards):
+    if word and captioned and not any(has_trigger(card.caption, word) for card in cards):
         message += (
             f"<br>No caption has the trigger word {html.escape(word)}, so prompts with it will not call the style"
         )
-    return cards_page(view, session), note(message), gr.Column(visible=True), back
+    return cards_page(cards, session), note(message), gr.Column(visible=True), back
 
 
 def upload(context: AppContext, session: str, files: Sequence[str] | None) -> tuple[str, None, str, int]:

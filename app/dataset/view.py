@@ -40,18 +40,6 @@ class Card:
 
 
 @dataclass(frozen=True)
-class DatasetView:
-    """The cards in the order the images came."""
-
-    cards: list[Card]
-
-    @property
-    def captioned(self) -> int:
-        """How many have a caption."""
-        return sum(bool(card.caption) for card in self.cards)
-
-
-@dataclass(frozen=True)
 class Framing:
     """How images are cropped: to squares of `size` pixels, or to the nearest bucket of multiples of `bucket_step`."""
 
@@ -83,8 +71,8 @@ def framing(model: ModelConfig, resolution: int | None, background: str, has_buc
     return Framing(background, size, family_of(model).sizes(model).step)
 
 
-def load_view(uploads: Uploads, thumbnails: Thumbnails, session: str, framed: Framing) -> DatasetView:
-    """All images of a session. Raises ConfigError for a bad colour."""
+def load_view(uploads: Uploads, thumbnails: Thumbnails, session: str, framed: Framing) -> list[Card]:
+    """The cards of a session's images, in the order they came. Raises ConfigError for a bad colour."""
     images, names = uploads.images(session), uploads.names(session)
     looks = [thumbnails.inspect(path) for path in images]
     samples = [look.sample for look in looks]
@@ -104,7 +92,7 @@ def load_view(uploads: Uploads, thumbnails: Thumbnails, session: str, framed: Fr
             notes.append("no caption")
         picture = thumbnails.picture(path, sample.sha256, framed.background, size)
         cards.append(Card(path.name, sample.sha256[:12], names[path.name], picture, caption, version, tuple(notes)))
-    return DatasetView(cards)
+    return cards
 
 
 def fill_captions(

@@ -144,7 +144,10 @@ class Database:
                 database.execute(
                     "INSERT INTO jobs (kind, run, settings, state, position, session, pair, created, about) "
                     "VALUES (?, ?, ?, 'queued', ?, ?, ?, ?, ?)",
-                    (*_written(job), start + place, job.session, job.pair, time.time(), json.dumps(job.about)),
+                    (
+                        *(job.kind, job.run, json.dumps(job.settings), start + place),
+                        *(job.session, job.pair, time.time(), json.dumps(job.about)),
+                    ),
                 ).lastrowid
                 for place, job in enumerate(jobs)
             ]
@@ -236,10 +239,6 @@ class Database:
         )
         database.row_factory = sqlite3.Row
         return database
-
-
-def _written(job: NewJob) -> tuple[str, str | None, str]:
-    return job.kind, job.run, json.dumps(job.settings)
 
 
 def _job(row: sqlite3.Row) -> Job:

@@ -86,6 +86,11 @@ def run_id_of(private: str) -> str:
     return private.replace("%2F", "/").replace("%25", "%")
 
 
+def size_of(folder: Path) -> int:
+    """Bytes on the disk; 0 if the folder is not there."""
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file() and not path.is_symlink())
+
+
 def _is_inside(root: Path, folder: Path) -> bool:
     return folder.resolve().is_relative_to(root.resolve())
 

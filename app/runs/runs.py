@@ -19,7 +19,7 @@ from ..process.file_cache import FileCache
 from ..process.json_file import read_json
 from ..process.launch import LOG_LINES, Launch
 from ..process.processes import Trainers
-from .names import checked_text, folder_of, is_run
+from .names import checked_text, folder_of, is_run, size_of
 from .progress import EventLog, Progress
 from .run_config import checked_config, with_relative_paths
 from .run_paths import Fingerprint, RunPaths
@@ -178,8 +178,7 @@ class RunStore:
 
     def size(self, run_id: str) -> int:
         """Bytes on the disk."""
-        folder = folder_of(self.folder, run_id)
-        return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file() and not path.is_symlink())
+        return size_of(folder_of(self.folder, run_id))
 
     def rename(self, run_id: str, name: str) -> None:
         """Set the displayed name; an empty name resets it to the folder's. The folder is not renamed."""

@@ -9,7 +9,7 @@ from pathlib import Path
 from flatlora_diffusion.config import ConfigError
 
 from ..process.database import Database, DeletedRun
-from .names import folder_of, private_name
+from .names import folder_of, private_name, size_of
 
 
 class Trash:
@@ -55,8 +55,7 @@ class Trash:
 
     def size(self) -> int:
         """Bytes on the disk."""
-        files = self._folder.rglob("*") if self._folder.is_dir() else []
-        return sum(path.stat().st_size for path in files if path.is_file() and not path.is_symlink())
+        return size_of(self._folder)
 
     def _entry(self, key: str) -> DeletedRun:
         entry = next((entry for entry in self.entries() if entry.id == key), None)

@@ -118,7 +118,7 @@ def take_lora(context: AppContext, file: str | None, base: str) -> tuple[Any, ..
         Path(file).unlink(missing_ok=True)  # the entry has its own copy
     rest = f"; {taken.unknown} tensors of no layer were left out" if taken.unknown else ""
     text = f"{taken.run} is among the runs now, with {taken.layers} layers{rest}. Choose it on the Compare tab."
-    return status_line(text), gr.Dropdown(choices=[*_choices(context)], value=taken.run), None
+    return status_line(text), gr.Dropdown(choices=_choices(context), value=taken.run), None
 
 
 def _choices(context: AppContext) -> list[tuple[str, str]]:

@@ -105,17 +105,14 @@ def has_gpu() -> bool:
 
 def estimate_disk(config: TrainConfig, images: int, folder: Path, arms: int = 1) -> DiskEstimate:
     """Bytes that `arms` trainings write into `folder`: results and checkpoints, also of members."""
-    from flatlora_diffusion.memory.disk import disk_need  # imports torch and diffusers
+    from flatlora_diffusion.memory.disk import run_bytes  # imports torch and diffusers
 
-    with _ONE_AT_A_TIME:
-        need = disk_need(config)
     count = total_steps(config, images) // config.run.checkpointing_steps
     if config.run.checkpoints_total_limit is not None:
         count = min(count, config.run.checkpoints_total_limit)
-    trainings = config.average.trainings
-    average = need.result * trainings if trainings > 1 else 0  # its rank is the sum of theirs
-    needed = trainings * (need.result + max(1, count) * need.checkpoint) + average
-    return DiskEstimate(arms * needed, shutil.disk_usage(folder).free)
+    with _ONE_AT_A_TIME:
+        needed = arms * run_bytes(config, max(1, count))
+    return DiskEstimate(needed, shutil.disk_usage(folder).free)
 
 
 def _is_as_fast(saved: dict[str, Any], wanted: dict[str, Any]) -> bool:

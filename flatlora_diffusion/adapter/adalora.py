@@ -26,7 +26,7 @@ _INIT_STD = 0.02  # of A and B, as in PEFT and the paper's code
 
 def adalora_config(rank: int, alpha: float | None, dropout: float, targets: list[str] | str) -> AdaLoraConfig:
     """PEFT's config for a final mean rank of `rank` and s = alpha / rank."""
-    first = initial_rank(rank)
+    first = math.ceil(1.5 * rank)  # with which each layer starts
     return AdaLoraConfig(
         target_r=rank,
         init_r=first,
@@ -35,11 +35,6 @@ def adalora_config(rank: int, alpha: float | None, dropout: float, targets: list
         target_modules=targets,
         total_step=1,  # set by `RankBudget`
     )
-
-
-def initial_rank(rank: int) -> int:
-    """The rank with which each layer starts."""
-    return math.ceil(1.5 * rank)
 
 
 @torch.no_grad()

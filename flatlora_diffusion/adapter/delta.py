@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from flatlora_diffusion.adapter.full import full_delta
@@ -27,6 +28,15 @@ class Update(NamedTuple):
     down: Tensor
     up: Tensor
     scale: float
+
+
+def padded(update: Update, rank: int) -> Update:
+    """The update with zeros in its factors up to `rank`; unchanged if it has this rank or more."""
+    down, up, scale = update
+    missing = max(0, rank - len(down))
+    # F.pad counts from the last axis. The rank is A's first axis and B's second.
+    up = F.pad(up, (*[0, 0] * (up.ndim - 2), 0, missing))
+    return Update(F.pad(down, (*[0, 0] * (down.ndim - 1), 0, missing)), up, scale)
 
 
 Updates = Mapping[str, Mapping[str, Update]]

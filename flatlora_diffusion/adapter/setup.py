@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from flatlora_diffusion.adapter.delta import Updates, shared_path
-from flatlora_diffusion.adapter.full import save_merged
 from flatlora_diffusion.adapter.layers import ADAPTER, denoiser_of, lora_layers, parts_of
 from flatlora_diffusion.adapter.lora import (
     add_lora,
     start_magnitudes,
     trainable_parameters,
 )
-from flatlora_diffusion.adapter.new_tokens import add_tokens, save_embeddings
+from flatlora_diffusion.adapter.new_tokens import add_tokens
 from flatlora_diffusion.adapter.svd_start import anchors
 from flatlora_diffusion.config import AdapterConfig, ConfigError, TrainConfig
 
@@ -96,13 +94,3 @@ def anchors_by_part(pipeline: Any) -> dict[str, Tensor]:
         for part in parts_of(pipeline)
         for name, weight in anchors(getattr(pipeline, part)).items()
     }
-
-
-def save_other_parts(pipeline: Any, folder: Path, merged: Path | None = None) -> None:
-    """Save the parts that a LoRA file cannot hold.
-
-    They are the embeddings of new tokens, into `folder`, and the merged pipeline of full fine-tuning, into `merged`.
-    """
-    if merged is not None:
-        save_merged(pipeline, merged)
-    save_embeddings(pipeline, folder)

@@ -90,11 +90,6 @@ EVIDENCE = HelpPage(
 )
 
 
-def parse_config(arguments: Sequence[str]) -> TrainConfig:
-    """Read the training settings of a command line, as `parse_training` does."""
-    return parse_training(arguments)[0]
-
-
 def parse_training(arguments: Sequence[str]) -> tuple[TrainConfig, WorkersConfig]:
     """Read the settings of a command line of `train`; print help and exit if requested.
 

@@ -83,9 +83,7 @@ class PlannedRun:
     @property
     def is_finished(self) -> bool:
         """Whether the folder contains a result trained with these settings; open settings may have any value."""
-        ending = self.run.ending()
-        is_complete = ending is not None and ending["event"] == "finished" and self.lora.is_file()
-        return is_complete and self._has_same_settings()
+        return self.run.is_finished and self._has_same_settings()
 
     @property
     def timed_steps(self) -> list[float]:

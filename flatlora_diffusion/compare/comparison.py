@@ -29,7 +29,7 @@ from flatlora_diffusion.compare.controls import RunOutputs, control_rows
 from flatlora_diffusion.compare.evaluator import OWN_METRICS, TRAIN, MetricValues, RunEvaluator
 from flatlora_diffusion.compare.experiment import Experiment, read_experiment
 from flatlora_diffusion.compare.fairness_checks import shared_conditions
-from flatlora_diffusion.compare.findings import Trajectories, Values, metrics_table, paired_rows, verdict
+from flatlora_diffusion.compare.findings import Trajectories, metrics_table, paired_rows, verdict
 from flatlora_diffusion.compare.forecast import Forecast
 from flatlora_diffusion.compare.inputs import free_gpu_memory
 from flatlora_diffusion.compare.page.page import GRID, PAGE, RESULT, write_compare_page
@@ -48,16 +48,16 @@ logger = logging.getLogger(__name__)
 
 
 class ComparisonResult(TypedDict):
-    """The contents of compare.json, in JSON's own types: arms by their keys, seeds and strengths as text."""
+    """The contents of compare.json: arms by their keys; there the seeds and strengths are text."""
 
     settings: dict[str, Any]
     arms: list[dict[str, Any]]
     seeds: list[int]
     metrics: list[dict[str, Any]]
     base: MetricValues
-    values: dict[str, dict[str, MetricValues]]
-    image_losses: dict[str, dict[str, dict[str, list[float]]]]
-    trajectories: dict[str, dict[str, list[dict[str, Any]]]]
+    values: dict[str, dict[int, MetricValues]]
+    image_losses: dict[str, dict[int, dict[str, list[float]]]]
+    trajectories: dict[str, dict[int, list[dict[str, Any]]]]
     groups: dict[str, Any]
     by_image: dict[str, Any]
     paired: list[dict[str, Any]]
@@ -126,18 +126,15 @@ def _evaluate_controls(experiment: Experiment, result: ComparisonResult) -> None
     evaluator, base = experiment.evaluator(experiment.runs)
     logger.info("Measuring the controls")
     experiment.run_items(base.denoiser, experiment.control_items(evaluator))
-    values = {
-        arm: {int(seed): of_run for seed, of_run in by_seed.items()} for arm, by_seed in result["values"].items()
-    }
+    values = dict(result["values"])
     for planned in experiment.control_runs:
-        values[planned.arm.key] = {planned.seed: evaluator.losses(planned)}
+        values[planned.arm.key] = {planned.seed: evaluator.losses(planned.lora)}
     runs = [*experiment.first_runs, *experiment.control_runs]
-    seed = evaluator.prompts.seeds[0]
-    outputs = {run.arm.key: RunOutputs(run.lora, evaluator.pictures(run.lora, seed)) for run in runs}
+    outputs = {run.arm.key: RunOutputs(run.lora, evaluator.pictures(run.lora)) for run in runs}
     complete: ComparisonResult = {
         **result,
         "arms": [*result["arms"], *(asdict(planned.arm) for planned in experiment.control_runs)],
-        "values": _values_as_json(values),
+        "values": values,
         "proof": shared_conditions(experiment.runs),
         "nulls": control_rows(experiment.arms, experiment.controls, outputs, values, experiment.arm_runs[0].seed),
     }
@@ -145,11 +142,12 @@ def _evaluate_controls(experiment: Experiment, result: ComparisonResult) -> None
 
 
 def _write(out: Path, result: ComparisonResult) -> None:
-    write_text(out / RESULT, json.dumps(result, indent=1) + "\n")
+    text = json.dumps(result, indent=1)
+    write_text(out / RESULT, text + "\n")
     names = {arm["key"]: arm["name"] for arm in result["arms"] if arm["role"] == "arm"}
     table = metrics_table(names, result["metrics"], result["base"], result["values"])
     write_text(out / "compare.md", table + "\n")
-    write_compare_page(result, out)
+    write_compare_page(json.loads(text), out)
 
 
 def _settings(experiment: Experiment) -> dict[str, Any]:
@@ -187,9 +185,12 @@ def _measure(experiment: Experiment, evaluator: RunEvaluator, pictures: dict[str
         seeds=list(dict.fromkeys(planned.seed for planned in runs)),
         metrics=metrics,
         base=base,
-        values=_values_as_json(values),
-        image_losses={arm: {str(seed): of_run for seed, of_run in by_seed.items()} for arm, by_seed in images.items()},
-        trajectories=_trajectories_as_json(trajectories),
+        values=values,
+        image_losses=images,
+        trajectories={
+            arm: {seed: [asdict(point) for point in points] for seed, points in by_seed.items()}
+            for arm, by_seed in trajectories.items()
+        },
         groups=_groups(runs, evaluator),
         by_image=by_image(runs, experiment.inputs.sets[TRAIN].samples, evaluator.training, experiment.out),
         paired=differences,
@@ -224,30 +225,18 @@ def _groups(runs: Sequence[PlannedRun], evaluator: RunEvaluator) -> dict[str, An
     groups: dict[str, Any] = {group: {"base": loss, "values": {}} for group, loss in evaluator.groups(None).items()}
     for planned in runs:
         for group, loss in evaluator.groups(planned.lora).items():
-            groups[group]["values"].setdefault(planned.arm.key, {})[str(planned.seed)] = loss
+            groups[group]["values"].setdefault(planned.arm.key, {})[planned.seed] = loss
     return groups
 
 
 def _pictures(runs: Sequence[PlannedRun], evaluator: RunEvaluator) -> dict[str, Any]:
     """The pictures of the base and of each run with the first seed, as paths below the report's folder."""
-    seed = evaluator.prompts.seeds[0]
-    files = [evaluator.pictures(None, seed), *(evaluator.pictures(planned.lora, seed) for planned in runs)]
+    files = [evaluator.pictures(None), *(evaluator.pictures(planned.lora) for planned in runs)]
     return {
         "prompts": list(evaluator.prompts.style),
         "guidance": evaluator.prompts.guidance,
         "columns": ["Base", *(planned.arm.name for planned in runs)],
         "files": [["/".join(file.parts[-3:]) for file in column] for column in files],
-    }
-
-
-def _values_as_json(values: Values) -> dict[str, dict[str, MetricValues]]:
-    return {arm: {str(seed): of_run for seed, of_run in by_seed.items()} for arm, by_seed in values.items()}
-
-
-def _trajectories_as_json(trajectories: Trajectories) -> dict[str, dict[str, list[dict[str, Any]]]]:
-    return {
-        arm: {str(seed): [asdict(point) for point in points] for seed, points in by_seed.items()}
-        for arm, by_seed in trajectories.items()
     }
 
 

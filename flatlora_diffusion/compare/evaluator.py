@@ -110,23 +110,24 @@ class RunEvaluator:
 
     def base_metrics(self) -> MetricValues:
         """The metrics of the base."""
-        return self._losses(None, 1.0) | self._picture_metrics(None, self.prompts)
+        return self.losses(None) | self._picture_metrics(None, self.prompts)
 
     def run_metrics(self, planned: PlannedRun) -> MetricValues:
         """All metrics of a finished run."""
         steps = planned.run.steps()
         increases = self._loss_evaluator.loss_increases(planned.lora, TRAIN, DEFAULT_SIGMA, INCREASE_DRAWS)
         return {
-            **self._losses(planned.lora, 1.0),
+            **self.losses(planned.lora),
             "loss_rise": statistics.fmean(increases),
             "seconds_per_step": _seconds_per_step(steps),
             "peak_memory_mib": max(event["memory"] for event in steps) / 2**20,
             **self._picture_metrics(planned.lora, self.prompts),
         }
 
-    def losses(self, planned: PlannedRun) -> MetricValues:
-        """Only the losses of a finished run."""
-        return self._losses(planned.lora, 1.0)
+    def losses(self, lora: Path | None, strength: float = 1.0) -> MetricValues:
+        """Only the losses."""
+        by_set = self._loss_evaluator.losses(lora, strength)
+        return {_LOSSES[name]: by_group[UNGROUPED] for name, by_group in by_set.items()}
 
     def image_losses(self, lora: Path | None) -> dict[str, list[float]]:
         """The losses of each image, by the key of the metric that is their mean."""
@@ -139,7 +140,7 @@ class RunEvaluator:
         prefix = next(iter(self._references), "")
         points = []
         for step, lora in ((0, None), *planned.files.items()):
-            losses = self._losses(lora, 1.0)
+            losses = self.losses(lora)
             pictures = self._picture_metrics(lora, self.prompts.trajectory_subset)
             points.append(
                 TrajectoryPoint(
@@ -155,52 +156,48 @@ class RunEvaluator:
 
     def strengths(self, planned: PlannedRun) -> dict[float, MetricValues]:
         """The losses of a finished run by the strength of its LoRA; strength 0 is the base."""
-        return {0.0: self._losses(None, 1.0)} | {
-            strength: self._losses(planned.lora, strength) for strength in STRENGTHS
-        }
+        return {0.0: self.losses(None)} | {strength: self.losses(planned.lora, strength) for strength in STRENGTHS}
 
     def groups(self, lora: Path | None) -> MetricValues:
         """The held-out loss of each group of concepts."""
         by_group = self._loss_evaluator.losses(lora)[HELDOUT]
         return {group: loss for group, loss in by_group.items() if group != UNGROUPED}
 
-    def pictures(self, lora: Path | None, seed: int) -> list[Path]:
-        """Draw the style's prompts with one seed; return the files."""
-        keys = [(prompt, seed) for prompt in self.prompts.style]
+    def pictures(self, lora: Path | None) -> list[Path]:
+        """Draw the style's prompts with the first seed; return the files."""
+        keys = self._first_keys(self.prompts.style)
         self._generator.generate(lora, keys)
         return self._generator.files(lora, keys)
 
     def pictures_at_strengths(self, lora: Path, prompt: str, strengths: Sequence[float]) -> list[Image.Image]:
         """Draw `prompt` with the first seed and the LoRA at each strength; strength 0 is the base."""
-        key = (prompt, self.prompts.seeds[0])
+        (key,) = self._first_keys([prompt])
         return [self._generator.generate(lora if strength else None, [key], strength)[key] for strength in strengths]
 
-    def drawing_item(self, name: str, lora: Path | None, seed: int) -> WorkItem:
+    def drawing_item(self, name: str, lora: Path | None) -> WorkItem:
         """The work of `pictures`."""
-        keys = [(prompt, seed) for prompt in self.prompts.style]
-        return self._drawing(f"drawing with {name}", lora, keys)
+        return self._drawing(f"drawing with {name}", lora, self._first_keys(self.prompts.style))
 
     def strength_items(
         self, name: str, lora: Path, prompts: Sequence[str], strengths: Sequence[float]
     ) -> list[WorkItem]:
         """The work of `pictures_at_strengths` for each prompt, except strengths 0 and 1, which `pictures` draws."""
-        keys = [(prompt, self.prompts.seeds[0]) for prompt in prompts]
         return [
-            self._drawing(f"drawing with {name} at {strength:g}", lora, keys, strength)
+            self._drawing(f"drawing with {name} at {strength:g}", lora, self._first_keys(prompts), strength)
             for strength in strengths
             if strength not in (0, 1)
         ]
 
     def base_items(self) -> list[WorkItem]:
         """The work of `base_metrics` and of the references."""
-        return [self._loss(BASE, None, 1.0), self._drawing(f"{BASE}: pictures", None, self._all_keys(self.prompts))]
+        return [self._loss(BASE, None), self._drawing(f"{BASE}: pictures", None, self._all_keys(self.prompts))]
 
     def measurement_items(self, planned: PlannedRun) -> list[WorkItem]:
         """The work of `run_metrics`, `trajectory` and `strengths`, without the base's."""
         name, lora = planned.label, planned.lora
         increase = lora, TRAIN, DEFAULT_SIGMA, INCREASE_DRAWS
         items = [
-            self._loss(name, lora, 1.0),
+            self._loss(name, lora),
             self._drawing(f"{name}: pictures", lora, self._all_keys(self.prompts)),
             WorkItem(
                 f"{name}: flatness",
@@ -211,7 +208,7 @@ class RunEvaluator:
         keys = self._all_keys(self.prompts.trajectory_subset)
         for step, file in planned.files.items():
             if file != lora:
-                items.append(self._loss(f"{name}, step {step}", file, 1.0))
+                items.append(self._loss(f"{name}, step {step}", file))
                 items.append(self._drawing(f"{name}, step {step}: pictures", file, keys))
         others = [strength for strength in STRENGTHS if strength != 1]
         return items + [self._loss(f"{name}, strength {strength:g}", lora, strength) for strength in others]
@@ -219,14 +216,17 @@ class RunEvaluator:
     def control_items(self, planned: PlannedRun) -> list[WorkItem]:
         """The work of `losses` and `pictures` for a control."""
         name, lora = planned.arm.name, planned.lora
-        keys = [(prompt, self.prompts.seeds[0]) for prompt in self.prompts.style]
-        return [self._loss(name, lora, 1.0), self._drawing(f"{name}: pictures", lora, keys)]
+        keys = self._first_keys(self.prompts.style)
+        return [self._loss(name, lora), self._drawing(f"{name}: pictures", lora, keys)]
+
+    def _first_keys(self, prompts: Sequence[str]) -> list[Key]:
+        return [(prompt, self.prompts.seeds[0]) for prompt in prompts]
 
     @staticmethod
     def _all_keys(prompts: PromptSets) -> list[Key]:
         return prompts.keys((*prompts.style, *prompts.unrelated))
 
-    def _loss(self, name: str, lora: Path | None, strength: float) -> WorkItem:
+    def _loss(self, name: str, lora: Path | None, strength: float = 1.0) -> WorkItem:
         run = partial(self._loss_evaluator.losses, lora, strength)
         return WorkItem(f"{name}: losses", self._loss_evaluator.loss_passes(lora, strength), run)
 
@@ -235,10 +235,6 @@ class RunEvaluator:
         passes = self._generator.passes(*model)
         pictures = passes // self._generator.passes_per_picture
         return WorkItem(label, passes, partial(self._generator.generate, *model), pictures)
-
-    def _losses(self, lora: Path | None, strength: float) -> MetricValues:
-        by_set = self._loss_evaluator.losses(lora, strength)
-        return {_LOSSES[name]: by_group[UNGROUPED] for name, by_group in by_set.items()}
 
     def _picture_metrics(self, lora: Path | None, prompts: PromptSets) -> MetricValues:
         style = self._generator.generate(lora, prompts.keys(prompts.style))

@@ -108,7 +108,7 @@ class Experiment:
     def drawing_items(self, evaluator: RunEvaluator) -> list[WorkItem]:
         """The drawings of the picture grid."""
         models = [(BASE, None), *((planned.arm.name, planned.lora) for planned in self.first_runs)]
-        items = [evaluator.drawing_item(name, lora, evaluator.prompts.seeds[0]) for name, lora in models]
+        items = [evaluator.drawing_item(name, lora) for name, lora in models]
         return items + grid_items(self.first_runs[0], evaluator)
 
     def measurement_items(self, evaluator: RunEvaluator) -> list[WorkItem]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import asdict, dataclass
 from typing import Any
 
 from flatlora_diffusion.compare.arms import PlannedRun
@@ -23,18 +22,11 @@ Runs = Mapping[str, PlannedRun]
 """Runs by their label in the report."""
 
 
-@dataclass(frozen=True)
-class SharedCondition:
-    """A condition that runs should share, with the hash of each run; it holds if the hashes are equal."""
-
-    what: str
-    hashes: Mapping[str, str]
-    holds: bool
-    note: str
-
-
 def shared_conditions(runs: Sequence[PlannedRun]) -> list[dict[str, Any]]:
-    """Compare images and base of all runs, then settings, initial weights and draws of the runs of each seed."""
+    """Compare images and base of all runs, then settings, initial weights and draws of the runs of each seed.
+
+    Each condition `what` has the hash of each run and `holds` if they are equal.
+    """
     labelled = {run.label: run for run in runs}
     conditions = [
         _condition("training images and captions", labelled, _images),
@@ -42,10 +34,10 @@ def shared_conditions(runs: Sequence[PlannedRun]) -> list[dict[str, Any]]:
     ]
     for seed in dict.fromkeys(run.seed for run in runs):
         conditions += _conditions_of_seed(seed, {label: run for label, run in labelled.items() if run.seed == seed})
-    return [asdict(condition) for condition in conditions]
+    return conditions
 
 
-def _conditions_of_seed(seed: int, runs: Runs) -> list[SharedCondition]:
+def _conditions_of_seed(seed: int, runs: Runs) -> list[dict[str, Any]]:
     of_arms = {name for run in runs.values() for name in run.arm.changes}
     shape = _shape(next(iter(runs.values())))
     with_weights = {label: run for label, run in runs.items() if _shape(run) == shape}
@@ -67,10 +59,10 @@ def _conditions_of_seed(seed: int, runs: Runs) -> list[SharedCondition]:
     ]
 
 
-def _condition(what: str, runs: Runs, hash_of: Callable[[PlannedRun], str], note: str = "") -> SharedCondition:
+def _condition(what: str, runs: Runs, hash_of: Callable[[PlannedRun], str], note: str = "") -> dict[str, Any]:
     hashes = {label: hash_of(run) for label, run in runs.items()}
     short = {label: digits[:_HASH_DIGITS] for label, digits in hashes.items()}
-    return SharedCondition(what, short, len(set(hashes.values())) <= 1, note)
+    return {"what": what, "hashes": short, "holds": len(set(hashes.values())) <= 1, "note": note}
 
 
 def _shape(run: PlannedRun) -> dict[str, Any]:

@@ -9,7 +9,6 @@ from typing import Any
 
 from flatlora_diffusion.compare.arms import Arm
 from flatlora_diffusion.compare.evaluator import MetricValues
-from flatlora_diffusion.compare.page.format import count_text
 from flatlora_diffusion.compare.trajectory import TrajectoryPoint, losses_at_equal_loss, losses_at_equal_seconds
 from flatlora_diffusion.evaluation.crossed_statistics import FEWEST_IMAGES, crossed_difference
 from flatlora_diffusion.evaluation.paired_statistics import (
@@ -20,7 +19,7 @@ from flatlora_diffusion.evaluation.paired_statistics import (
     detectable,
     paired_difference,
 )
-from flatlora_diffusion.storage.formatting import MINUS, figure
+from flatlora_diffusion.storage.formatting import MINUS, count_text, figure
 
 HELDOUT_LOSS = "heldout_loss"
 

@@ -40,9 +40,7 @@ def _training_band(evaluator: RunEvaluator, width: int) -> Band:
 
 
 def _models_band(runs: Sequence[PlannedRun], evaluator: RunEvaluator, prompts: Sequence[str]) -> Band:
-    seed = evaluator.prompts.seeds[0]
-    rows = {"Base": evaluator.pictures(None, seed)}
-    rows |= {run.arm.name: evaluator.pictures(run.lora, seed) for run in runs}
+    rows = {"Base": evaluator.pictures(None), **{run.arm.name: evaluator.pictures(run.lora) for run in runs}}
     images = [[read_picture(file) for file in files[: len(prompts)]] for files in rows.values()]
     labels = list(rows)
     if any(prompt in evaluator.heldout for prompt in prompts):

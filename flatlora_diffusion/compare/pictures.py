@@ -64,14 +64,14 @@ class PictureGenerator:
 
     def _draw(self, files: Mapping[Key, Path]) -> None:
         """Draw in batches and save each. Chunks of what is missing are the same again after a stop between batches."""
-        resolution, steps, guidance = self._settings
+        settings = ImageSettings(*self._settings)
         self._cache.mkdir(parents=True, exist_ok=True)
         items = list(files.items())
-        batch_size = max(1, min(_BATCH, _PIXELS // resolution**2))
+        batch_size = max(1, min(_BATCH, _PIXELS // settings.resolution**2))
         for start in range(0, len(items), batch_size):
             keys, paths = zip(*items[start : start + batch_size], strict=True)
             prompts, seeds = zip(*keys, strict=True)
-            images = generate_images(self._base, prompts, seeds, resolution, steps, guidance, batch_size)
+            images = generate_images(self._base, prompts, seeds, settings, batch_size)
             for path, image in zip(paths, images, strict=True):
                 with atomic_write(path) as temporary:
                     image.save(temporary, format="PNG")

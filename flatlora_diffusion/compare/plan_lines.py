@@ -8,12 +8,12 @@ from flatlora_diffusion.compare.arms import PlannedRun
 from flatlora_diffusion.compare.evaluator import HELDOUT
 from flatlora_diffusion.compare.experiment import Experiment
 from flatlora_diffusion.compare.inputs import free_gpu_memory
-from flatlora_diffusion.compare.page.format import count_text
 from flatlora_diffusion.compare.page.page import GRID, PAGE
 from flatlora_diffusion.compare.timing import duration_text, seconds_per_pass, step_seconds, training_seconds
 from flatlora_diffusion.config import ConfigError
-from flatlora_diffusion.memory.disk import PIXEL, class_images_need, disk_need
+from flatlora_diffusion.memory.disk import PIXEL, class_images_need, run_bytes
 from flatlora_diffusion.memory.estimate import in_gib, resolution_of
+from flatlora_diffusion.storage.formatting import count_text
 from flatlora_diffusion.training.disk_space import free_bytes
 
 
@@ -76,7 +76,7 @@ def expected_seconds(experiment: Experiment) -> tuple[float, float]:
 def disk_bytes(experiment: Experiment) -> int:
     """Estimate the bytes of the runs and pictures that do not exist yet."""
     runs = experiment.runs
-    total = sum(run_bytes(planned) for planned in runs if not planned.is_finished)
+    total = sum(remaining_bytes(planned) for planned in runs if not planned.is_finished)
     if any(not planned.is_finished for planned in runs):
         total += class_images_need(experiment.config)
     prompts = experiment.inputs.prompts
@@ -85,14 +85,10 @@ def disk_bytes(experiment: Experiment) -> int:
     return total + int(max(0, pictures - existing) * PIXEL * resolution_of(experiment.config) ** 2)
 
 
-def run_bytes(planned: PlannedRun) -> int:
+def remaining_bytes(planned: PlannedRun) -> int:
     """The bytes of the rest of a run."""
-    need, config = disk_need(planned.config), planned.config
     existing = len(planned.run.checkpoints()) if planned.is_resumable else 0
-    checkpoints = max(0, planned.steps // config.run.checkpointing_steps - existing)
-    trainings = config.average.trainings
-    average = need.result * trainings if trainings > 1 else 0  # its rank is the sum of the members' ranks
-    return trainings * (need.result + checkpoints * need.checkpoint) + average
+    return run_bytes(planned.config, max(0, planned.steps // planned.config.run.checkpointing_steps - existing))
 
 
 def _disk_line(experiment: Experiment) -> str:

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from flatlora_diffusion.compare.arms import parse_arm, plan_runs
 from flatlora_diffusion.compare.evidence_defaults import DOWNLOADS, Part
-from flatlora_diffusion.compare.plan_lines import run_bytes
+from flatlora_diffusion.compare.plan_lines import remaining_bytes
 from flatlora_diffusion.config import EvidenceConfig, TrainConfig
 from flatlora_diffusion.data.sources import load_training_set
 from flatlora_diffusion.memory.disk import PIXEL
@@ -59,7 +59,7 @@ def disk_bytes(config: TrainConfig, options: EvidenceConfig, parts: Sequence[Par
     models = [config.model.pretrained_model_name_or_path, *options.encoders]
     pictures = 2 * options.num_prompts * options.pictures_per_prompt * (1 + len(runs) * (1 + options.num_checkpoints))
     size = pictures * PIXEL * resolution_of(config) ** 2
-    return sum(map(run_bytes, runs)) + int(size + sum(DOWNLOADS.get(name, 0) for name in models))
+    return sum(map(remaining_bytes, runs)) + int(size + sum(DOWNLOADS.get(name, 0) for name in models))
 
 
 def rehearsal_lines(config: TrainConfig, options: EvidenceConfig, parts: Sequence[Part]) -> Iterator[str]:

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from flatlora_diffusion.compare.arms import PlannedRun
 from flatlora_diffusion.config import METHODS
 from flatlora_diffusion.families.base import Base
+from flatlora_diffusion.families.drawing import ImageSettings
 from flatlora_diffusion.families.sampling import generate_images
 
 _RECOMPUTED = 1.5  # passes that --gradient_checkpointing adds to a gradient: LoRA's steps took 1.6 times as long
@@ -45,7 +46,7 @@ def seconds_per_pass(base: Base, resolution: int) -> float:
     for steps in (1, 5):
         if seconds < 1:
             start = time.perf_counter()
-            generate_images(base, ["an icon"], [0], resolution, steps, batch_size=1)
+            generate_images(base, ["an icon"], [0], ImageSettings(resolution, steps), batch_size=1)
             seconds = (time.perf_counter() - start) / (2 * steps)
     return seconds
 

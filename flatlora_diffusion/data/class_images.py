@@ -16,6 +16,7 @@ from flatlora_diffusion.data.dataset import Sample, load_samples
 from flatlora_diffusion.data.images import find_images
 from flatlora_diffusion.families.base import Base
 from flatlora_diffusion.families.device import DTYPES, check_precision, this_process
+from flatlora_diffusion.families.drawing import ImageSettings
 from flatlora_diffusion.families.registry import load_base
 from flatlora_diffusion.families.sampling import generate_images
 from flatlora_diffusion.storage.atomic_io import atomic_write, explain_write_errors
@@ -66,12 +67,12 @@ def _generate(config: TrainConfig, folder: Path, numbers: Sequence[int], device:
     default = torch.float16 if device.type == "cuda" else torch.float32
     dtype = default if data.prior_generation_precision is None else DTYPES[data.prior_generation_precision]
     base = _load_on(config.model, device, dtype)
-    size = base.checked_resolution(data.resolution)
+    settings = ImageSettings(base.checked_resolution(data.resolution))
     for start in tqdm(range(0, len(numbers), data.sample_batch_size), desc="class images"):
         part = numbers[start : start + data.sample_batch_size]
         prompts = [str(data.class_prompt)] * len(part)
         seeds = [derive_seed(seed, "class_image", number) for number in part]
-        images = generate_images(base, prompts, seeds, size, batch_size=data.sample_batch_size, must_be_finite=True)
+        images = generate_images(base, prompts, seeds, settings, data.sample_batch_size, must_be_finite=True)
         for number, image in zip(part, images, strict=True):
             path = folder / f"class-{number:04d}.png"
             while path.exists():  # the user's own file is never overwritten

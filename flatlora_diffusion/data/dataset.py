@@ -15,6 +15,7 @@ from PIL import Image
 from flatlora_diffusion.config import ConfigError
 from flatlora_diffusion.data.images import CAPTION_SUFFIXES, Source, find_images, load_image, mask_beside
 from flatlora_diffusion.storage.atomic_io import file_sha256
+from flatlora_diffusion.storage.formatting import count_text
 
 METADATA = "metadata.jsonl"
 CAPTION_COLUMNS = ("text", "prompt", "caption")  # in order of preference, unless caption_column is set
@@ -52,7 +53,7 @@ class SampleSet:
     def summary(self) -> str:
         """A summary such as `23 images, captions 20/23, ...; skipped: notes.pdf (...)`."""
         count = len(self.samples)
-        line = f"{count} image{'s' * (count != 1)}, captions {self.captioned}/{count}"
+        line = f"{count_text(count, 'image')}, captions {self.captioned}/{count}"
         sides = [(sample.width, sample.height) for sample in self.samples]
         small, large = min(sides, key=min), max(sides, key=min)
         line += f", {small[0]} x {small[1]}" + (f" to {large[0]} x {large[1]}" if large != small else "") + " pixels"

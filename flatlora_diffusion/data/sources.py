@@ -82,12 +82,8 @@ def hold_out(samples: Sequence[Sample], count: int) -> tuple[list[Sample], list[
         raise ConfigError(
             f"holdout_images={count} leaves none of the {len(samples)} images to train on; give a lower number"
         )
-    return _without(samples, sorted(samples, key=lambda sample: (sample.sha256, sample.id))[:count])
-
-
-def _without(samples: Sequence[Sample], heldout: Sequence[Sample]) -> tuple[list[Sample], list[Sample]]:
-    """Return the samples outside and inside `heldout`, in the order of `samples`."""
-    ids = {id(sample) for sample in heldout}
+    chosen = sorted(samples, key=lambda sample: (sample.sha256, sample.id))[:count]
+    ids = {id(sample) for sample in chosen}
     return (
         [sample for sample in samples if id(sample) not in ids],
         [sample for sample in samples if id(sample) in ids],

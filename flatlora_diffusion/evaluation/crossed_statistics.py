@@ -87,17 +87,6 @@ def crossed_difference(table: Sequence[Sequence[float]], confidence: float = CON
     return _with_interval(values, total / values.size, freedom, shares, confidence)
 
 
-def holm(p_values: Sequence[float], level: float = 1 - CONFIDENCE) -> list[bool]:
-    """Return which tests of a family reject at `level`, by Holm's step-down procedure (Scand. J. Stat. 6, 1979)."""
-    order = sorted(range(len(p_values)), key=lambda index: p_values[index])
-    rejected = [False] * len(p_values)
-    for rank, index in enumerate(order):
-        if p_values[index] > level / (len(p_values) - rank):
-            break
-        rejected[index] = True
-    return rejected
-
-
 def _satterthwaite(*squares: tuple[float, int]) -> float:
     """Return the degrees of freedom of MS_S + MS_I - MS_SI from (mean square, degrees of freedom) of each."""
     (ms_seed, _), (ms_image, _), (ms_rest, _) = squares

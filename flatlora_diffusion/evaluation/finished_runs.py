@@ -63,8 +63,7 @@ def _read(folder: Path, name: str) -> FinishedRun:
     run = RunDir(folder)
     if not run.config_file.is_file() or not run.manifest_file.is_file():
         raise ConfigError(f"run {name} is not a run folder: {folder} has no config.json or manifest.json")
-    ending = run.ending()
-    if ending is None or ending["event"] != "finished" or not (folder / LORA_FILE).is_file():
+    if not run.is_finished:
         raise ConfigError(
             f"run {name} has not finished; finish it with --resume_from_checkpoint latest, or leave it out"
         )

@@ -18,16 +18,12 @@ logger = logging.getLogger(__name__)
 
 
 @torch.no_grad()
-def generate_images(  # noqa: PLR0913 (all that an image depends on)
+def generate_images(
     base: Base,
     prompts: Sequence[str],
     seeds: Sequence[int],
-    resolution: int,
-    steps: int | None = None,
-    guidance: float | None = None,
+    settings: ImageSettings,
     batch_size: int = 8,
-    negative_prompt: str | None = None,
-    rescale: float | None = None,
     must_be_finite: bool = False,
 ) -> list[Image.Image]:
     """Generate one image per (prompt, seed) pair.
@@ -36,10 +32,8 @@ def generate_images(  # noqa: PLR0913 (all that an image depends on)
     other images in a batch affect an image by rounding only, in fp32 by one of 255 levels.
 
     Args:
-        steps, guidance, rescale: the base's defaults if None.
         must_be_finite: raise RunError for an image that is not finite. Otherwise it is black, and a warning says so.
     """
-    settings = ImageSettings(resolution, steps, guidance, negative_prompt, rescale)
     images: list[Image.Image] = []
     pairs = list(zip(prompts, seeds, strict=True))
     with eval_mode(base.denoiser):

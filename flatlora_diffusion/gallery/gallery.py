@@ -179,12 +179,8 @@ def _draw_row(
             base,
             [column.prompt for column in part],
             [column.seed for column in part],
-            config.resolution or base.resolution,
-            config.num_inference_steps,
-            config.guidance_scale,
+            _settings(base, config),
             config.batch_size,
-            config.negative_prompt,
-            config.guidance_rescale,
         )
         for column, image in zip(part, generated, strict=True):
             drawing = _drawing(base, config, row, column)
@@ -202,15 +198,19 @@ def _drawing(base: Base, config: GenerateConfig, row: LoraRow, column: PromptCol
     return base.describe_image(
         column.prompt,
         column.seed,
-        ImageSettings(
-            config.resolution or base.resolution,
-            config.num_inference_steps,
-            config.guidance_scale,
-            config.negative_prompt,
-            config.guidance_rescale,
-        ),
+        _settings(base, config),
         portable_base_name(bare_name(config.model.pretrained_model_name_or_path)),
         tuple((_export_name(file.path), lora.strength) for lora, file in pairs),
+    )
+
+
+def _settings(base: Base, config: GenerateConfig) -> ImageSettings:
+    return ImageSettings(
+        config.resolution or base.resolution,
+        config.num_inference_steps,
+        config.guidance_scale,
+        config.negative_prompt,
+        config.guidance_rescale,
     )
 
 

@@ -8,10 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from flatlora_diffusion.adapter.delta import Update, Updates, balanced
+from flatlora_diffusion.adapter.delta import Update, Updates, balanced, padded
 from flatlora_diffusion.adapter.layers import lora_layers
 from flatlora_diffusion.storage.atomic_io import atomic_write
 from flatlora_diffusion.storage.run_dir import LORA_FILE
@@ -33,12 +32,7 @@ def iter_peft_tensors(updates: Updates, dtype: torch.dtype) -> Iterator[tuple[st
             down, up = update.down, update.up * update.scale
             if dtype == torch.float16:
                 down, up = balanced(down, up)
-            missing = rank - len(down)
-            # F.pad counts from the last axis; the rank is A's first axis and B's second.
-            down, up = (
-                F.pad(down, (*[0, 0] * (down.ndim - 1), 0, missing)),
-                F.pad(up, (*[0, 0] * (up.ndim - 2), 0, missing)),
-            )
+            down, up, _ = padded(Update(down, up, 1.0), rank)
             yield f"{part}.{module}.lora_A.weight", down.to(dtype).contiguous()
             yield f"{part}.{module}.lora_B.weight", up.to(dtype).contiguous()
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from flatlora_diffusion.adapter.delta import LazyLayers, Update, Updates, balanced
+from flatlora_diffusion.adapter.delta import LazyLayers, Update, Updates, balanced, padded
 from flatlora_diffusion.adapter.lora import TEXT_ATTENTION
 from flatlora_diffusion.families.sdxl.lora_names import KOHYA_PREFIXES as KOHYA_PREFIXES, kohya_name as kohya_name
 
@@ -38,7 +38,7 @@ def kohya_tensors(
         for module in layers
     }
     for name, (part, module) in sorted(places.items(), key=lambda item: f"{item[0]}."):
-        update = _at_least_rank_2(updates[part][module])
+        update = padded(updates[part][module], 2)  # stable-diffusion.cpp misreads rank 1
         down, up = update.down, update.up * (update.scale * len(update.down) / float(alphas[part]))
         if dtype == torch.float16:
             down, up = balanced(down, up)
@@ -89,14 +89,6 @@ def _weight_shape(unet: nn.Module, module: str) -> tuple[int, int] | None:
     """(out, in) of a Linear; None if the UNet has no such layer."""
     layer: Any = dict(unet.named_modules()).get(module)
     return None if layer is None else (int(layer.out_features), int(layer.in_features))
-
-
-def _at_least_rank_2(update: Update) -> Update:
-    """Pad rank 1 with zeros to rank 2, because stable-diffusion.cpp misreads rank 1; the scale s stays."""
-    down, up, scale = update
-    if len(down) > 1:
-        return update
-    return Update(torch.cat([down, torch.zeros_like(down)]), torch.cat([up, torch.zeros_like(up)], dim=1), scale)
 
 
 def _common_alpha(layers: Mapping[str, Update], dtype: torch.dtype) -> Tensor:

@@ -5,20 +5,15 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
-from functools import lru_cache
-from pathlib import Path
 
 import torch
 
 from flatlora_diffusion.adapter.delta import FOLD_RANK
-from flatlora_diffusion.adapter.layers import lora_layers
-from flatlora_diffusion.adapter.lora import add_lora, trainable_parameters
-from flatlora_diffusion.config import ADAPTERS, AdapterConfig, ModelConfig, TrainConfig
-from flatlora_diffusion.data.images import SIDECAR_SUFFIXES
+from flatlora_diffusion.config import ADAPTERS, TrainConfig
 from flatlora_diffusion.families.device import DTYPES
 from flatlora_diffusion.families.registry import family_of
-from flatlora_diffusion.memory.estimate import optimizer_bytes, resolution_of
-from flatlora_diffusion.memory.meta_step import weight_count
+from flatlora_diffusion.memory.estimate import missing_class_images, optimizer_bytes, resolution_of
+from flatlora_diffusion.memory.meta_step import TrainedModel, trained_shapes, weight_count
 
 PIXEL = 1.6  # bytes per pixel of a PNG
 _ENTRY = 160  # bytes per tensor in a file header
@@ -41,7 +36,7 @@ def disk_need(config: TrainConfig) -> DiskNeed:
     """
     # A checkpoint contains the LoRA files and, in fp32, the weights, their nonzero start, the state of optimizer and
     # method and the EMA.
-    trained, adapted = _shapes(config.model, config.adapter)
+    trained, adapted = trained_shapes(TrainedModel(config.model, config.adapter))
     numbers, optim = sum(map(math.prod, trained)), config.optim
     copies = 1 + optim.use_ema + _copies_of_method(config)
     state = _FP32 * copies * numbers + sum(optimizer_bytes(shape, optim) for shape in trained)
@@ -53,30 +48,17 @@ def disk_need(config: TrainConfig) -> DiskNeed:
     return DiskNeed(state + (copies + 3) * entries + files, files + merged + _previews(config))
 
 
+def run_bytes(config: TrainConfig, checkpoints: int) -> int:
+    """Estimate the bytes that a run with so many checkpoints writes, those of its members included."""
+    need, trainings = disk_need(config), config.average.trainings
+    average = need.result * trainings if trainings > 1 else 0  # its rank is the sum of the members' ranks
+    return trainings * (need.result + checkpoints * need.checkpoint) + average
+
+
 def class_images_need(config: TrainConfig) -> int:
     """Return the bytes of the class images that are missing."""
-    data = config.data
-    if not data.with_prior_preservation:
-        return 0
-    folder = Path(str(data.class_data_dir))
-    files = [path.name for path in folder.iterdir() if path.is_file()] if folder.is_dir() else []
-    images = sum(not name.startswith(".") and not name.lower().endswith(SIDECAR_SUFFIXES) for name in files)
-    return int(max(0, data.num_class_images - images) * PIXEL * resolution_of(config) ** 2)
-
-
-@lru_cache(maxsize=64)
-def _shapes(model: ModelConfig, adapter: AdapterConfig) -> tuple[list[torch.Size], list[torch.Size]]:
-    """Return the shapes of the trained tensors, without new tokens, and of the adapted frozen weights."""
-    family = family_of(model)
-    denoiser = family.on_meta(model, family.denoiser)
-    encoders = {part: family.on_meta(model, part) for part in family.text_parts} if adapter.train_text_encoder else {}
-    add_lora(denoiser, adapter, 0, encoders or None, model.clip_skip)
-    trained: list[torch.Size] = []
-    adapted: list[torch.Size] = []
-    for part in (denoiser, *encoders.values()):
-        trained += [parameter.shape for parameter in trainable_parameters(part).values()]
-        adapted += [layer.get_base_layer().weight.shape for layer in lora_layers(part).values()]
-    return trained, adapted
+    missing = missing_class_images(config.data)
+    return int(missing * PIXEL * resolution_of(config) ** 2) if missing else 0
 
 
 def _copies_of_method(config: TrainConfig) -> int:

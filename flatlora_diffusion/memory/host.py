@@ -46,6 +46,23 @@ class CpuEstimate:
         return max(self.loading, self.class_images, self.offloaded + self.latents + self.prompts)
 
 
+@dataclass(frozen=True)
+class _Part:
+    """A model of the base: its number of weights, and the bytes and the precision of its files."""
+
+    name: str
+    weights: int
+    file_bytes: float
+    file_dtype: torch.dtype
+
+    def loaded_as(self, dtype: torch.dtype) -> torch.dtype:
+        """Return the precision in which a base in `dtype` has it; the VAE is in fp32."""
+        return torch.float32 if self.name == "vae" else dtype
+
+    def loaded_bytes(self, dtype: torch.dtype) -> int:
+        return self.weights * self.loaded_as(dtype).itemsize
+
+
 def estimate_cpu_memory(config: TrainConfig, samples: Sequence[Sample]) -> CpuEstimate:
     """Estimate the CPU memory of a run on `samples`; a base that is not on disk counts as SDXL."""
     model, data, family = config.model, config.data, family_of(config.model)
@@ -58,15 +75,15 @@ def estimate_cpu_memory(config: TrainConfig, samples: Sequence[Sample]) -> CpuEs
         captions.add(str(data.class_prompt))
     latent = math.prod(family.latent_shape(model, resolution_of(config)))
     class_dtype = DTYPES[data.prior_generation_precision or "fp16"]
+    base = Path(base_path(model.pretrained_model_name_or_path))
+    parts = _parts(model, base)
     return CpuEstimate(
-        loading=_loading(model, dtype),
-        class_images=_loading(model, class_dtype) if data.with_prior_preservation else 0,
-        offloaded=sum(weight_count(model, part) * _loaded_as(part, dtype).itemsize for part in offloaded)
-        if model.offload
-        else 0,
+        loading=_loading(parts, dtype, base.is_file()),
+        class_images=_loading(parts, class_dtype, base.is_file()) if data.with_prior_preservation else 0,
+        offloaded=sum(part.loaded_bytes(dtype) for part in parts if part.name in offloaded) if model.offload else 0,
         latents=(len(samples) + squares) * _POSTERIOR * latent if data.cache_latents else 0,
         prompts=0 if config.encodes_in_steps else len(captions) * family.prompt_numbers(model) * dtype.itemsize,
-        mapped=_mapped(model, dtype),
+        mapped=sum(part.loaded_bytes(dtype) for part in parts if part.file_dtype == part.loaded_as(dtype)),
     )
 
 
@@ -85,73 +102,39 @@ def cpu_lines(config: TrainConfig, samples: Sequence[Sample], available_bytes: i
     return lines
 
 
-def _loading(model: ModelConfig, dtype: torch.dtype) -> int:
+def _loading(parts: Sequence[_Part], dtype: torch.dtype, is_single_file: bool) -> int:
     """Return the bytes of the loaded weights and of the file contents that are cast.
 
     A file in the right precision is memory-mapped. In a folder the file of one model is open at a time, a single file
     is open as a whole (measured with diffusers 0.42: 690 MiB in fp32 take 1,044 MiB to load in fp16).
     """
-    counts = {part: weight_count(model, part) for part in family_of(model).parts}
-    cast = [
-        _file_bytes(model, part, counts)
-        for part in family_of(model).parts
-        if _file_dtype(model, part) != _loaded_as(part, dtype)
-    ]
-    open_files = sum(cast) if _single_file(model) is not None else max(cast, default=0)
-    return sum(counts[part] * _loaded_as(part, dtype).itemsize for part in counts) + int(open_files)
+    cast = [part.file_bytes for part in parts if part.file_dtype != part.loaded_as(dtype)]
+    open_files = sum(cast) if is_single_file else max(cast, default=0)
+    return sum(part.loaded_bytes(dtype) for part in parts) + int(open_files)
 
 
-def _mapped(model: ModelConfig, dtype: torch.dtype) -> int:
-    """Return the bytes of the parts whose file has the precision they are loaded in."""
-    parts = [part for part in family_of(model).parts if _file_dtype(model, part) == _loaded_as(part, dtype)]
-    return sum(weight_count(model, part) * _loaded_as(part, dtype).itemsize for part in parts)
+def _parts(model: ModelConfig, base: Path) -> list[_Part]:
+    """Return the parts of the base in the file or folder `base`; for a hub id their precision is by the variant."""
+    family = family_of(model)
+    counts = {name: weight_count(model, name) for name in family.parts}
+    parts = []
+    for name, weights in counts.items():
+        vae = model.pretrained_vae_model_name_or_path if name == "vae" else None
+        folder, variant = (base / name, model.variant) if vae is None else (Path(vae), None)
+        is_shared = base.is_file() and vae is None
+        of_folder = (path for path in folder.glob("*.safetensors") if not variant or f".{variant}." in path.name)
+        files = [base] if is_shared else sorted(of_folder)
+        default = torch.float32 if variant is None else torch.float16  # most without variant are fp32
+        dtype = _dtype(files[0], family.file_prefixes[name]) if files else default
+        size: float = sum(file.stat().st_size for file in files) or weights * dtype.itemsize
+        parts.append(_Part(name, weights, size * weights / sum(counts.values()) if is_shared else size, dtype))
+    return parts
 
 
-def _loaded_as(part: str, dtype: torch.dtype) -> torch.dtype:
-    """Return the precision of a loaded part; the VAE is in fp32."""
-    return torch.float32 if part == "vae" else dtype
-
-
-def _single_file(model: ModelConfig) -> Path | None:
-    file = Path(base_path(model.pretrained_model_name_or_path))
-    return file if file.is_file() else None
-
-
-def _file_bytes(model: ModelConfig, part: str, counts: dict[str, int]) -> float:
-    """Return the bytes of a part in its file, for a hub id by the precision of its variant."""
-    file = _single_file(model)
-    if file is not None and not _is_separate_vae(model, part):
-        return file.stat().st_size * counts[part] / sum(counts.values())
-    return sum(path.stat().st_size for path in _files(model, part)) or counts[part] * _file_dtype(model, part).itemsize
-
-
-def _file_dtype(model: ModelConfig, part: str) -> torch.dtype:
-    """Return the precision of a part in its file, that of its first weight; for a hub id that of its variant."""
-    file = _single_file(model)
-    files = [file] if file is not None and not _is_separate_vae(model, part) else _files(model, part)
-    if not files:
-        return (
-            torch.float16 if _variant_suffix(model, part) is not None else torch.float32
-        )  # most without variant are fp32
-    with safe_open(files[0], framework="pt") as opened:
+def _dtype(file: Path, prefix: str) -> torch.dtype:
+    """Return the precision of the first weight in a file whose name begins with `prefix`, or else of the first."""
+    with safe_open(file, framework="pt") as opened:
         names = list(opened.keys())
-        of_part = [name for name in names if name.startswith(family_of(model).file_prefixes[part])]
+        of_part = [name for name in names if name.startswith(prefix)]
         dtype: torch.dtype = opened.get_tensor((of_part or names)[0]).dtype
         return dtype
-
-
-def _files(model: ModelConfig, part: str) -> list[Path]:
-    """Return the files of a part in its folder; empty for a base that is not on disk."""
-    vae = model.pretrained_vae_model_name_or_path if _is_separate_vae(model, part) else None
-    folder = Path(base_path(model.pretrained_model_name_or_path), part) if vae is None else Path(vae)
-    suffix = _variant_suffix(model, part)
-    return sorted(path for path in folder.glob("*.safetensors") if suffix is None or suffix in path.name)
-
-
-def _is_separate_vae(model: ModelConfig, part: str) -> bool:
-    return part == "vae" and model.pretrained_vae_model_name_or_path is not None
-
-
-def _variant_suffix(model: ModelConfig, part: str) -> str | None:
-    """Return the part of the file names that marks the variant, or None."""
-    return f".{model.variant}." if model.variant is not None and not _is_separate_vae(model, part) else None

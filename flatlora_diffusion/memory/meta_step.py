@@ -104,13 +104,25 @@ def measure_step(  # noqa: PLR0913 (the bytes depend on all of them)
         _run_passes(meta_passes, model, [micro_batch] * micro_batches)
     frozen = {id(layer.weight): layer.weight for layer in denoiser.modules() if _is_frozen_linear(layer)}
     others = [weight for weight in denoiser.parameters() if not weight.requires_grad and id(weight) not in frozen]
+    shapes, adapted = trained_shapes(trained)
     return StepBytes(
-        trained=tuple(parameter.shape for parameter in parameters.values()),
-        adapted=tuple(layer.get_base_layer().weight.shape for layer in lora_layers(model).values()),
+        trained=shapes,
+        adapted=adapted,
         linear=tuple((weight.shape[0], weight.shape[1]) for weight in frozen.values()),
         other=sum(weight.numel() for weight in others),
         saved=batch + micro_batch.saved,
         peak=batch + bytes_held.peak,
+    )
+
+
+@lru_cache(maxsize=64)
+def trained_shapes(trained: TrainedModel) -> tuple[tuple[torch.Size, ...], tuple[torch.Size, ...]]:
+    """The shapes of the trained tensors and of the frozen weights with a LoRA. Raises as `measure_step`."""
+    model, _, _ = _trained_model(trained)
+    layers = lora_layers(model).values()
+    return (
+        tuple(parameter.shape for parameter in trainable_parameters(model).values()),
+        tuple(layer.get_base_layer().weight.shape for layer in layers),
     )
 
 

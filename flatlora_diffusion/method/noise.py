@@ -23,7 +23,6 @@ class Convolution:
 
     stride: tuple[int, ...] = (1, 1)
     padding: tuple[int, ...] = (0, 0)
-    groups: int = 1
 
 
 def apply_layer(
@@ -32,7 +31,7 @@ def apply_layer(
     """Return the output of a linear layer or, with `convolution`, of a Conv2d."""
     if convolution is None:
         return F.linear(x, weight, bias)
-    return F.conv2d(x, weight, bias, convolution.stride, convolution.padding, groups=convolution.groups)
+    return F.conv2d(x, weight, bias, convolution.stride, convolution.padding)
 
 
 def compute_dtype(device: torch.device, otherwise: torch.dtype) -> torch.dtype:
@@ -112,8 +111,8 @@ class _ConstantWeightLayer(torch.autograd.Function):
                 grad_x = grad @ weight
             else:
                 size, batch = (_batched(shape) for shape in (ctx.x_shape, grad.shape))
-                settings = geometry.stride, geometry.padding, 1, geometry.groups
-                grad_x = conv2d_input(size, weight, grad.reshape(batch), *settings).view(ctx.x_shape)
+                grad_x = conv2d_input(size, weight, grad.reshape(batch), geometry.stride, geometry.padding)
+                grad_x = grad_x.view(ctx.x_shape)
         if ctx.needs_input_grad[1]:
             filters_last = grad if geometry is None else grad.movedim(-3, -1)
             grad_bias = filters_last.reshape(-1, filters_last.shape[-1]).sum(dim=0)

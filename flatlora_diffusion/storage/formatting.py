@@ -19,6 +19,11 @@ def slug(text: str, allowed: str = "") -> str:
     return re.sub(rf"[^\w.{re.escape(allowed)}-]+", "-", text)
 
 
+def count_text(number: int, noun: str) -> str:
+    """Write a number with its noun in the singular or plural."""
+    return f"{number} {noun}{'s' * (number != 1)}"
+
+
 def is_known(value: object) -> bool:
     """Whether `value` is a finite number."""
     return isinstance(value, int | float) and math.isfinite(value)

@@ -170,6 +170,12 @@ class RunDir:
         events = [event for event in self.events() if event["event"] in ("step", "stopped", "finished")]
         return events[-1] if events and events[-1]["event"] != "step" else None
 
+    @property
+    def is_finished(self) -> bool:
+        """Whether the run has ended with a result that is still there."""
+        ending = self.ending()
+        return ending is not None and ending["event"] == "finished" and (self.folder / LORA_FILE).is_file()
+
     def holdout_losses(self) -> dict[int, float]:
         """Return the loss of the held-out images by step, without steps that a resume has undone."""
         return {event["step"]: event["loss"] for event in valid_events(self.events(), "holdout")}

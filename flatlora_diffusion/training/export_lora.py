@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from flatlora_diffusion.adapter.delta import lora_updates, magnitudes, plain_updates, update_norms
-from flatlora_diffusion.adapter.setup import save_other_parts
+from flatlora_diffusion.adapter.full import save_merged
+from flatlora_diffusion.adapter.new_tokens import save_embeddings
 from flatlora_diffusion.config import RunError
 from flatlora_diffusion.data.dataset import shared_words
 from flatlora_diffusion.families.device import DTYPES
@@ -55,7 +56,9 @@ def save_lora(state: TrainState, folder: Path, step: int, is_end: bool = False) 
     merged = folder / MERGED if is_end and is_full else None
     metadata = kohya_metadata(state.run, state.config, facts, datetime.now(UTC))
     with state.run.writing():
-        save_other_parts(pipeline, folder, merged)  # before the LoRA, which may need its embeddings
+        if merged is not None:
+            save_merged(pipeline, merged)
+        save_embeddings(pipeline, folder)  # before the LoRA, which may need them
         pair = FilePair(
             kohya=folder / f"{state.run.lora_name(run.output_name)}.safetensors",
             copy=folder / KOHYA_COPY if run.output_kohya_format else None,

@@ -22,7 +22,7 @@ from flatlora_diffusion.method.rivals.sketch import Sketches
 from flatlora_diffusion.method.rivals.weight_gradients import WeightGradientHook, read_weight_gradients
 from flatlora_diffusion.storage.hashing import DrawHash
 from flatlora_diffusion.training.loss_scale import compute_finite, loss_scale, loss_scale_restored
-from flatlora_diffusion.training.micro_batches import first_micro_batches, micro_batches
+from flatlora_diffusion.training.micro_batches import micro_batches
 from flatlora_diffusion.training.state import TrainState
 
 logger = logging.getLogger(__name__)
@@ -44,7 +44,8 @@ def _initialize_lora_ga(state: TrainState, steps: int) -> None:
     state.gradient.detach()
 
     def weight_gradients() -> list[Tensor]:
-        gradients = read_weight_gradients(adapted.values(), first_micro_batches(state, steps))
+        batches = (batch for step in range(steps) for batch in micro_batches(state, step, DrawHash()))
+        gradients = read_weight_gradients(adapted.values(), batches)
         state.optimizer.zero_grad(set_to_none=True)
         return gradients
 

@@ -8,21 +8,25 @@ from __future__ import annotations
 import logging
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
+from accelerate.utils import broadcast_object_list
 
-from flatlora_diffusion.adapter.delta import Update, Updates
+from flatlora_diffusion.adapter.delta import Update, Updates, padded
 from flatlora_diffusion.adapter.layers import ADAPTER, lora_layers
+from flatlora_diffusion.adapter.new_tokens import new_tokens, replace_in_captions
 from flatlora_diffusion.adapter.setup import adapted_models, load_initial
-from flatlora_diffusion.config import TrainConfig
+from flatlora_diffusion.config import RunError, StoppedError, TrainConfig
 from flatlora_diffusion.data.class_images import load_class_samples
-from flatlora_diffusion.data.dataset import Sample, SampleSet
+from flatlora_diffusion.data.dataset import Sample, SampleSet, manifest
 from flatlora_diffusion.data.sources import hold_out, load_training_set
+from flatlora_diffusion.families.device import this_process
 from flatlora_diffusion.lora_files.safe_reading import read_header
 from flatlora_diffusion.lora_tools.averaging import Average, average_updates
+from flatlora_diffusion.signals import Interrupted
 from flatlora_diffusion.storage.rng import derive_seed
 from flatlora_diffusion.storage.run_dir import LORA_FILE, RunDir
 from flatlora_diffusion.training.failure import friendly_errors
@@ -30,22 +34,15 @@ from flatlora_diffusion.training.finish import present, save_result
 from flatlora_diffusion.training.holdout import HeldoutLoss
 from flatlora_diffusion.training.image_losses import ImageLosses
 from flatlora_diffusion.training.previews import Previews
-from flatlora_diffusion.training.resolve_config import resolve, with_seed
+from flatlora_diffusion.training.resolve_config import is_made_with, resolve, with_seed
 from flatlora_diffusion.training.state import TrainState, prepare
-from flatlora_diffusion.training.sub_runs import (
-    check_stop,
-    is_same_run,
-    sub_run_config,
-    training_of,
-    with_saved_seed,
-    with_time_left,
-)
 
 logger = logging.getLogger(__name__)
 
 TrainMember = Callable[[TrainConfig, RunDir, SampleSet], Path]
 STRENGTHS = (0.7, 0.8, 0.9, 1.0, 1.1, 1.2, 1.3)  # of the average; held-out images choose among them
 _DOWN, _UP = ".lora_A.weight", ".lora_B.weight"
+_RERUN_HINT = "the same command goes on from there"
 
 
 def train_members(requested: TrainConfig, run: RunDir, train_member: TrainMember) -> Path:
@@ -60,42 +57,89 @@ def train_members(requested: TrainConfig, run: RunDir, train_member: TrainMember
     configs = member_configs(config, run)
     for number, member_config in enumerate(configs, 1):
         member, name = run.member(number), f"member {number} of {len(configs)}"
-        if _is_finished(member, member_config) and is_same_run(member, member_config, training, heldout):
+        if _is_finished(member, member_config) and _is_same_run(member, member_config, training, heldout):
             logger.info("%s: already trained in %s", name, member.folder)
             continue
         logger.info("%s: trains with seed %d", name, member_config.run.seed)
-        member_config = with_time_left(member_config, start_time)
+        limit = config.optim.max_train_seconds
+        if limit is not None:  # all members share it
+            left = max(1.0, limit - (time.monotonic() - start_time))
+            member_config = member_config.replace(max_train_seconds=left)
         if member.checkpoints() and not member.changed_settings(member_config):
             member_config = member_config.replace(resume_from_checkpoint="latest")
-        with training_of(member, name):
+        with _training_of(member, name):
             train_member(member_config, member, images)
-        check_stop(run, name)
+        (must_stop,) = broadcast_object_list([run.stop_file.exists()])  # all processes must agree
+        if must_stop:
+            raise StoppedError(f"stopped after {name} by the stop file; {_RERUN_HINT}")
     return _save_average(config, run, configs, training, heldout)
 
 
 def member_configs(config: TrainConfig, run: RunDir) -> list[TrainConfig]:
-    """The settings of each member, without previews and upload; the first has the seed of `config`."""
+    """The settings of each member, without previews, losses by image and upload; the first has `config`'s seed."""
     assert config.run.seed is not None
     assert config.average.members is not None
     seeds = [config.run.seed]
     seeds += [derive_seed(seeds[0], "member", number) % 2**31 for number in range(2, config.average.members + 1)]
     return [
-        sub_run_config(config, run.member(number), members=None, average_rank=None, remove_members=False, seed=seed)
+        config.replace(
+            members=None,
+            average_rank=None,
+            remove_members=False,
+            seed=seed,
+            output_dir=str(run.member(number).folder),
+            output_name=None,
+            resume_from_checkpoint=None,
+            validation_prompt=None,
+            validation_prompts_file=None,
+            validation_data_dir=None,
+            image_loss_draws=0,
+            push_to_hub=False,
+        )
         for number, seed in enumerate(seeds, 1)
     ]
 
 
 def with_first_seed(config: TrainConfig, run: RunDir) -> TrainConfig:
     """`config` with a seed: its own, that of a first member that has been trained, or a random one."""
-    return with_seed(with_saved_seed(config, run.member(1)))
+    first = run.member(1)
+    if config.run.seed is None and first.config_file.is_file():
+        return config.replace(seed=first.config()["seed"])
+    return with_seed(config)
+
+
+@contextmanager
+def _training_of(member: RunDir, name: str) -> Iterator[None]:
+    """Create the folder of a member, and put its name into the errors that end its training."""
+    if this_process().is_main_process:
+        member.folder.mkdir(parents=True, exist_ok=True)
+    try:
+        yield
+    except StoppedError as error:
+        raise StoppedError(f"{name}: {str(error).partition('; ')[0]}; {_RERUN_HINT}") from error
+    except RunError as error:
+        raise RunError(f"{name}: {error}") from error
+    except Interrupted as error:
+        raise Interrupted(error.number, f"in {name}; {_RERUN_HINT}") from error
 
 
 def _is_finished(member: RunDir, config: TrainConfig) -> bool:
-    ending = member.ending() if member.events_file.is_file() else None
-    if ending is None or ending["event"] != "finished" or not (member.folder / LORA_FILE).is_file():
-        return False
     steps = config.optim.max_train_steps
-    return steps is None or member.config().get("max_train_steps") == steps
+    return member.is_finished and steps in (None, member.config().get("max_train_steps"))
+
+
+def _is_same_run(member: RunDir, config: TrainConfig, training: Sequence[Sample], heldout: Sequence[Sample]) -> bool:
+    """Whether a member was made with these settings, training images and held-out images, captions included."""
+    if not is_made_with(member, config):
+        return False
+    tokens = new_tokens(config.tokens) if config.tokens.train_text_encoder_ti else {}
+    rows = member.manifest()
+    # Class images follow the training images.
+    saved_training = [row for row in rows if not row.get("is_held_out")][: len(training)]
+    saved_heldout = [row for row in rows if row.get("is_held_out")]
+    return saved_training == manifest(replace_in_captions(training, tokens)) and saved_heldout == [
+        {**row, "is_held_out": True} for row in manifest(heldout)
+    ]
 
 
 def _save_average(
@@ -120,7 +164,11 @@ def _save_average(
                 previews.make("base", 0)
             images = ImageLosses(state, 0) if previews is not None and config.run.image_loss_draws else None
             average = average_updates([_read_updates(file) for file in files], [1 / len(files)] * len(files), rank)
-            load_initial(state.base.pipeline, _pad_to_rank(average.updates, rank), {})
+            initial = {
+                part: {module: padded(update, rank) for module, update in layers.items()}
+                for part, layers in average.updates.items()
+            }
+            load_initial(state.base.pipeline, initial, {})
             strength, losses = _best_strength(state, heldout) if heldout else (1.0, {})
             _scale(state, strength)
             _log_average(state, run, configs, average, rank, strength, losses)
@@ -191,23 +239,6 @@ def _with_resolved(config: TrainConfig, resolved: TrainConfig) -> TrainConfig:
         resolution=resolved.data.resolution,
         max_train_steps=resolved.optim.max_train_steps,
         mixed_precision=resolved.optim.mixed_precision,
-    )
-
-
-def _pad_to_rank(updates: Updates, rank: int) -> Updates:
-    return {
-        part: {module: _padded(update, rank - len(update.down)) for module, update in layers.items()}
-        for part, layers in updates.items()
-    }
-
-
-def _padded(update: Update, missing: int) -> Update:
-    down, up = update.down, update.up
-    # F.pad counts from the last axis. The rank is A's first axis and B's second.
-    return Update(
-        F.pad(down, (*[0, 0] * (down.ndim - 1), 0, missing)),
-        F.pad(up, (*[0, 0] * (up.ndim - 2), 0, missing)),
-        update.scale,
     )
 
 

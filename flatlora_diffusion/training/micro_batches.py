@@ -58,11 +58,6 @@ def micro_batches(state: TrainState, step: int, draws: DrawHash) -> Iterator[Sam
         )
 
 
-def first_micro_batches(state: TrainState, steps: int) -> Iterator[SampledMicroBatch]:
-    """The micro-batches of the first `steps`, in advance."""
-    return (batch for step in range(steps) for batch in micro_batches(state, step, DrawHash()))
-
-
 def _loss(state: TrainState, batch: Batch, noise: Tensor, timesteps: Tensor) -> Tensor:
     loss = diffusion_loss(state.model, state.objective, batch, noise, timesteps)
     if state.config.objective.prior_from_base:

@@ -18,6 +18,7 @@ from flatlora_diffusion.families.labels import Labels
 from flatlora_diffusion.families.registry import family_of
 from flatlora_diffusion.lora_files.metadata import TrainingSummary, conversion_note, is_hub_id, portable_base_name
 from flatlora_diffusion.storage.atomic_io import write_text
+from flatlora_diffusion.storage.formatting import count_text
 from flatlora_diffusion.storage.run_dir import EMBEDDINGS_FILE, LORA_FILE, RunDir
 from flatlora_diffusion.storage.versions import versions
 
@@ -210,16 +211,12 @@ def _elsewhere(run: RunDir, config: TrainConfig, labels: Labels) -> str:
 
 
 def _training_data(config: TrainConfig, training: TrainingSummary) -> str:
-    images = f"Trained on {_count_text(training.images)}"
+    images = f"Trained on {count_text(training.images, 'image')}"
     if training.class_images:
-        images += f", and on {_count_text(training.class_images)} of the class"
+        images += f", and on {count_text(training.class_images, 'image')} of the class"
     if config.objective.prior_from_base:
         images += ", with the base's own predictions to preserve the class"
     return f"{images}. Neither the images, nor their names, nor captions of their own are published here."
-
-
-def _count_text(images: int) -> str:
-    return f"{images} image{'s' * (images != 1)}"
 
 
 def _settings_table(config: TrainConfig, training: TrainingSummary) -> str:

@@ -74,13 +74,8 @@ class Previews:
             for picture in self._pictures:
                 if is_over():
                     break
-                images += generate_images(
-                    state.base,
-                    [replace_placeholders(picture.prompt, state.tokens)],
-                    [picture.seed],
-                    resolution=state.batches.resolution,
-                    negative_prompt=picture.negative_prompt,
-                )
+                prompt = replace_placeholders(picture.prompt, state.tokens)
+                images += generate_images(state.base, [prompt], [picture.seed], _settings(state, picture))
         return images
 
 
@@ -97,10 +92,14 @@ def drawing_of(state: TrainState, picture: Picture, step: int) -> Drawing | None
     return state.base.describe_image(
         picture.prompt,
         picture.seed,
-        ImageSettings(state.batches.resolution, negative_prompt=picture.negative_prompt),
+        _settings(state, picture),
         portable_base_name(state.base_name),
         () if is_base else ((name, 1.0),),
     )
+
+
+def _settings(state: TrainState, picture: Picture) -> ImageSettings:
+    return ImageSettings(state.batches.resolution, negative_prompt=picture.negative_prompt)
 
 
 def is_due(state: TrainState, step: int) -> bool:

@@ -80,11 +80,10 @@ def is_made_with(run: RunDir, config: TrainConfig) -> bool:
 
 def _check_unfinished(run: RunDir) -> None:
     """Raise ConfigError for a finished run without checkpoints, which cannot be resumed."""
-    ending, lora = run.ending(), run.folder / LORA_FILE
-    if ending is not None and ending["event"] == "finished" and lora.is_file():
+    if run.is_finished:
         raise ConfigError(
             f"output_dir={str(run.folder)!r} holds a finished run without a checkpoint to resume from; give another "
-            f"--output_dir and --init_lora {str(lora)!r} to train its LoRA further, or leave "
+            f"--output_dir and --init_lora {str(run.folder / LORA_FILE)!r} to train its LoRA further, or leave "
             "--resume_from_checkpoint out to start over"
         )
 
@@ -119,10 +118,7 @@ def with_precision(config: TrainConfig) -> TrainConfig:
 
     Raises ConfigError for a precision that is not supported or that the GPU only emulates.
     """
-    if config.optim.mixed_precision is not None:
-        check_precision("mixed_precision", config.optim.mixed_precision, this_process().device)
-        return config
-    precision = parse_choice_from_env("ACCELERATE_MIXED_PRECISION", "no")
+    precision = config.optim.mixed_precision or parse_choice_from_env("ACCELERATE_MIXED_PRECISION", "no")
     if precision not in DTYPES:
         raise ConfigError(
             f"accelerate was configured for mixed_precision {precision!r}, not no, fp16 or bf16; give "

@@ -22,6 +22,7 @@ from flatlora_diffusion.families.base import eval_mode
 from flatlora_diffusion.families.objective import diffusion_loss
 from flatlora_diffusion.method.draw import DRAW_RANK
 from flatlora_diffusion.method.flat_lora import FlatLora
+from flatlora_diffusion.storage.formatting import count_text, first_line
 from flatlora_diffusion.storage.rng import generator
 from flatlora_diffusion.storage.versions import PROGRAM, __version__
 from flatlora_diffusion.training.state import LossIncrease, TrainState, memory_in_use, seeded_dropout
@@ -121,13 +122,13 @@ class SelfCheck:
 
     def _base(self) -> Iterator[Check]:
         is_same = hash_frozen_weights(self._models()) == self._frozen_hash
-        steps = _steps_text(len(self._losses))
+        steps = count_text(len(self._losses), "step")
         message = f"the base's weights are {'bitwise unchanged' if is_same else 'changed'} after {steps}"
         yield Check("base_weights", is_same, message)
 
     def _loss(self) -> Iterator[Check]:
         losses = ", ".join(f"{loss:.4f}" for loss in self._losses)
-        message = f"the loss of the first {_steps_text(len(self._losses))}: {losses}"
+        message = f"the loss of the first {count_text(len(self._losses), 'step')}: {losses}"
         yield Check("loss", all(map(math.isfinite, self._losses)), message, {"last": self._losses[-1]})
 
     def _cost(self) -> Iterator[Check]:
@@ -154,8 +155,7 @@ class SelfCheck:
             for check in run_checks():
                 self._log(check)
         except Exception as error:  # the checks only inform
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            self._log(Check(run_checks.__name__.strip("_"), False, f"the check failed: {reason}"))
+            self._log(Check(run_checks.__name__.strip("_"), False, f"the check failed: {first_line(error)}"))
 
     def _log(self, check: Check) -> None:
         self.checks.append(check)
@@ -309,7 +309,3 @@ def _remember_as_passed(device: torch.device) -> None:
 
 def _device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else "this process's"
-
-
-def _steps_text(count: int) -> str:
-    return "1 step" if count == 1 else f"{count} steps"

@@ -39,7 +39,7 @@ from flatlora_diffusion.training.resolve_config import resolve_after_loading
 from flatlora_diffusion.training.trackers import end_trackers
 
 CPU = torch.device("cpu")
-TRACKERS = {"tensorboard": "tensorboard", "wandb": "wandb", "comet_ml": "comet_ml"}  # values are packages
+TRACKERS = ("tensorboard", "wandb", "comet_ml")  # names of packages, too
 
 
 @dataclass(frozen=True)
@@ -265,15 +265,13 @@ def _accelerator(config: TrainConfig) -> Accelerator:
     for tracker in names:
         if tracker not in TRACKERS:
             raise ConfigError(f"report_to={tracker!r} is unknown; use {', '.join(TRACKERS)}, all or none")
-        if importlib.util.find_spec(TRACKERS[tracker]) is None and run.report_to != "all":
-            raise ConfigError(
-                f"report_to={tracker!r} needs the package {TRACKERS[tracker]}; install it or use --report_to none"
-            )
+        if importlib.util.find_spec(tracker) is None and run.report_to != "all":
+            raise ConfigError(f"report_to={tracker!r} needs the package {tracker}; install it or use --report_to none")
     output = Path(run.output_dir)
     try:
         accelerator = Accelerator(
             mixed_precision=config.optim.mixed_precision,
-            log_with=[tracker for tracker in names if importlib.util.find_spec(TRACKERS[tracker])] or None,
+            log_with=[tracker for tracker in names if importlib.util.find_spec(tracker)] or None,
             project_config=ProjectConfiguration(str(output), logging_dir=str(output / run.logging_dir)),
         )
     except ValueError as error:

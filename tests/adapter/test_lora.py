@@ -15,6 +15,7 @@ from flatlora_diffusion.adapter.lora import add_lora, trainable_parameters
 from flatlora_diffusion.config import AdapterConfig, ModelConfig
 from flatlora_diffusion.data.dataset import load_samples
 from flatlora_diffusion.evaluation.probe import fixed_probe, probe_loss
+from flatlora_diffusion.families.drawing import ImageSettings
 from flatlora_diffusion.families.sampling import generate_images
 from flatlora_diffusion.families.sdxl.objective import SdxlObjective
 from flatlora_diffusion.families.sdxl.pipeline import Sdxl, load_sdxl
@@ -70,7 +71,7 @@ def test_the_initialization_is_a_function_of_the_seed_with_b_zero(base: Path) ->
 @pytest.mark.parametrize("alpha", [4, 10.0])
 def test_a_stock_pipeline_applies_what_was_trained(base: Path, icons: Path, tmp_path: Path, alpha: float) -> None:
     sdxl = load(base)
-    plain = generate_images(sdxl, ["an icon"], [0], 32, steps=2)[0]
+    plain = generate_images(sdxl, ["an icon"], [0], ImageSettings(32, 2))[0]
     add_lora(sdxl.denoiser, AdapterConfig(rank=4, lora_alpha=alpha), seed=0)
     for index, layer in enumerate(lora_layers(sdxl.denoiser).values()):
         weight = layer.lora_B["default"].weight
@@ -85,7 +86,7 @@ def test_a_stock_pipeline_applies_what_was_trained(base: Path, icons: Path, tmp_
     assert probe_loss(stock.unet, SdxlObjective(sdxl.scheduler), probe) == pytest.approx(trained, rel=1e-4)
     stock.unload_lora_weights()
     assert probe_loss(stock.unet, SdxlObjective(sdxl.scheduler), probe) != pytest.approx(trained, rel=1e-3)
-    changed = generate_images(sdxl, ["an icon"], [0], 32, steps=2)[0]
+    changed = generate_images(sdxl, ["an icon"], [0], ImageSettings(32, 2))[0]
     assert changed.tobytes() != plain.tobytes()
 
 

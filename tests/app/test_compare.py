@@ -123,7 +123,7 @@ def _vote_on(view: CompareView) -> None:
     page = votes.page(ballot)
     assert page.is_open
     assert "This vote has 1 pairs" in page.count
-    assert "No verdict: 0 of 1 pairs" in votes.page(votes.reveal(ballot)).count
+    assert "No verdict: 0 of 1 pairs" in votes.page(replace(ballot, is_revealed=True)).count
     assert page.question.count("data:image/png") == 2
     assert "lora" not in page.question.lower().split("data:")[0]
     votes.vote(ballot, "tie")

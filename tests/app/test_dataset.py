@@ -33,7 +33,7 @@ from app.dataset.cards import card_functions, cards_page
 from app.dataset.layout import build_intake
 from app.dataset.tab import load_samples_icons, remove_all, show, upload
 from app.dataset.thumbnails import Thumbnails, as_trained
-from app.dataset.view import DatasetView, Framing, fill_captions, load_view, training_size
+from app.dataset.view import Card, Framing, fill_captions, load_view, training_size
 from app.forms.forms import ConfigForm, preset_settings
 from app.settings import AppSettings
 from app.uploads.captions import captions_from_names
@@ -140,12 +140,12 @@ def test_thumbnails_are_made_once_for_the_same_content(
     other = Thumbnails(thumbnails.folder)  # as after a restart
     second = load_view(context.uploads, other, session, Framing("white", 32))
     assert len(made) == 2
-    assert [one.picture.tobytes() for one in first.cards] == [one.picture.tobytes() for one in second.cards]
+    assert [one.picture.tobytes() for one in first] == [one.picture.tobytes() for one in second]
     load_view(context.uploads, other, session, Framing("white", 16))
     assert len(made) == 4
     path = context.uploads.images(session)[0]
     Image.new("RGB", (64, 64), "red").save(path)
-    shown = load_view(context.uploads, other, session, Framing("white", 32)).cards[0].picture
+    shown = load_view(context.uploads, other, session, Framing("white", 32))[0].picture
     assert shown.getpixel((5, 5)) == (255, 0, 0)
 
 
@@ -225,7 +225,7 @@ def test_a_captioner_that_is_not_there_is_one_sentence(context: AppContext, tmp_
 def test_a_card_saves_its_caption_only_over_the_one_it_has_shown(context: AppContext, tmp_path: Path) -> None:
     session = session_of(context, tmp_path / "in", ("fox.png", (64, 64)), ("owl.png", (64, 64)))
     save, *_ = card_functions(context)
-    versions = [card.version for card in view_of(context, session, tmp_path).cards]
+    versions = [card.version for card in view_of(context, session, tmp_path)]
     mine = {"session": session, "image": "0001.png", "version": versions[0], "text": "a fox, mine"}
     kept = save(mine)
     assert (kept["is_saved"], kept["text"]) == (True, "a fox, mine")
@@ -234,7 +234,7 @@ def test_a_card_saves_its_caption_only_over_the_one_it_has_shown(context: AppCon
     assert (late["is_saved"], late["text"]) == (False, "a fox, again")
     assert save(mine | {"version": late["version"], "text": "kept"})["is_saved"]  # after it was shown
     assert context.uploads.captions(session) == {"0001.png": "kept", "0002.png": "owl"}
-    assert [card.version for card in view_of(context, session, tmp_path).cards][1] == versions[1]
+    assert [card.version for card in view_of(context, session, tmp_path)][1] == versions[1]
     undo_captions(context, session)
     assert context.uploads.captions(session)["0001.png"] == "a fox, again"
     for wrong in (
@@ -252,7 +252,7 @@ def test_a_card_saves_its_caption_only_over_the_one_it_has_shown(context: AppCon
 def test_what_is_typed_into_a_card_in_one_stay_is_one_change_to_undo(context: AppContext, tmp_path: Path) -> None:
     session = session_of(context, tmp_path / "in", ("fox.png", (64, 64)), ("owl.png", (64, 64)))
     save, *_ = card_functions(context)
-    version = view_of(context, session, tmp_path).cards[0].version
+    version = view_of(context, session, tmp_path)[0].version
 
     def typed(text: str, goes_on: bool) -> None:
         nonlocal version
@@ -268,7 +268,7 @@ def test_what_is_typed_into_a_card_in_one_stay_is_one_change_to_undo(context: Ap
     assert caption() == "fox"
     undo_captions(context, session)
     assert caption() == "a red fox"
-    version = view_of(context, session, tmp_path).cards[0].version
+    version = view_of(context, session, tmp_path)[0].version
     typed("a red f", False)
     context.uploads.save_captions(session, {"0002.png": "in another window"})
     typed("a red fur", True)
@@ -280,7 +280,7 @@ def test_cards_tell_every_error_as_a_sentence(
     context: AppContext, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     session = session_of(context, tmp_path / "in", ("fox.png", (64, 64)))
-    version = view_of(context, session, tmp_path).cards[0].version
+    version = view_of(context, session, tmp_path)[0].version
     save, remove, enlarge = card_functions(context)
 
     def full(*args: object) -> None:
@@ -311,7 +311,7 @@ def test_images_are_shown_though_no_thumbnail_can_be_kept(context: AppContext, t
     session = session_of(context, tmp_path / "in", ("fox.png", (64, 64)))
     (tmp_path / "file").touch()
     shown = load_view(context.uploads, Thumbnails(tmp_path / "file"), session, Framing("white", 32))
-    assert shown.cards[0].picture.size == (32, 32)
+    assert shown[0].picture.size == (32, 32)
 
 
 def test_a_card_shows_names_and_captions_as_text(context: AppContext, tmp_path: Path) -> None:
@@ -347,7 +347,7 @@ def test_a_change_of_all_captions_is_undone_at_once(context: AppContext, tmp_pat
     assert context.uploads.captions(session) == {"0001.png": "fox", "0002.png": "owl"}
 
 
-def view_of(context: AppContext, session: str, folder: Path) -> DatasetView:
+def view_of(context: AppContext, session: str, folder: Path) -> list[Card]:
     return load_view(context.uploads, Thumbnails(folder / "thumbnails"), session, Framing("white", 32))
 
 

@@ -177,7 +177,7 @@ def test_a_large_jpeg_is_taken_and_a_huge_one_refused(uploads: Uploads, tmp_path
     assert [upload.original for upload in result.saved] == ["photo.jpg"]
     assert [refusal.reason for refusal in result.rejected] == ["more than 100 million pixels; make it smaller"]
     framed = load_view(uploads, Thumbnails(tmp_path / "thumbnails"), session, Framing("white", 512))
-    assert framed.cards[0].picture.size == (256, 256)
+    assert framed[0].picture.size == (256, 256)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="other systems' allocators keep nothing")
@@ -316,7 +316,7 @@ def test_no_damaged_image_ends_an_upload(uploads: Uploads, tmp_path: Path, kind:
     assert result.saved[-1].original == "good.png"
     assert len(result.rejected) >= 10
     framed = load_view(uploads, Thumbnails(tmp_path / "thumbnails"), session, Framing("white", 16))
-    assert len(framed.cards) == len(result.saved)
+    assert len(framed) == len(result.saved)
 
 
 def test_a_file_that_is_gone_or_finds_no_room_costs_only_itself(

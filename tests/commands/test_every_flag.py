@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 from flatlora_diffusion.commands.command_line import train_main
-from flatlora_diffusion.commands.train_flags import parse_config
+from flatlora_diffusion.commands.train_flags import parse_training
 from flatlora_diffusion.config import CaptionConfig, CompareConfig, GenerateConfig, TrainConfig
 from flatlora_diffusion.storage.run_dir import LORA_FILE
 
@@ -281,7 +281,7 @@ README_COMMANDS = {
 
 @pytest.mark.parametrize("name", README_COMMANDS)
 def test_the_commands_of_the_upstream_readmes_parse(name: str) -> None:
-    config = parse_config(shlex.split(README_COMMANDS[name]))
+    config = parse_training(shlex.split(README_COMMANDS[name]))[0]
     assert config.data.resolution == 1024
     assert config.run.seed == 0
 

@@ -10,7 +10,7 @@ import pytest
 
 from flatlora_diffusion.commands.command_line import main
 from flatlora_diffusion.commands.flags import flags_of, read_flags, with_values
-from flatlora_diffusion.commands.train_flags import Sources, parse_config
+from flatlora_diffusion.commands.train_flags import Sources, parse_training
 from flatlora_diffusion.config import (
     CompareConfig,
     ConfigError,
@@ -132,5 +132,5 @@ def test_all_settings_are_flags_with_their_defaults() -> None:
 def test_flags_override_a_file_and_can_reset_its_switches_and_values(tmp_path: Path) -> None:
     file = tmp_path / "config.json"
     file.write_text('{"offload": true, "sigma": 0.2, "rank": 8}')
-    config = parse_config(["--config", str(file), "--no_offload", "--sigma", "None"])
+    config = parse_training(["--config", str(file), "--no_offload", "--sigma", "None"])[0]
     assert (config.model.offload, config.perturb.sigma, config.adapter.rank) == (False, None, 8)

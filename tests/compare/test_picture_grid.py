@@ -41,7 +41,7 @@ class Drawn:
         self.names = names or {}
         self.folder, self.asked = folder, list[Any]()
 
-    def pictures(self, lora: Path | None, seed: int) -> list[Path]:
+    def pictures(self, lora: Path | None) -> list[Path]:
         colour = {None: BASE, Path("lora"): LORA, Path("flat"): FLAT}[lora]
         file = self.folder / f"{lora}.png"
         square(colour).save(file)

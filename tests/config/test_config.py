@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from flatlora_diffusion.commands.command_line import _comparison
-from flatlora_diffusion.commands.train_flags import COMPARE, parse_config
+from flatlora_diffusion.commands.train_flags import COMPARE, parse_training
 from flatlora_diffusion.config import (
     SAMPLES,
     CompareConfig,
@@ -90,16 +90,16 @@ def test_command_line_json_and_keywords_give_the_same_config(tmp_path: Path) -> 
     flags: list[str] = []
     for name, value in OTHER.items():
         flags += [f"--{name}"] if value is True else [f"--{name}", str(value)]
-    assert parse_config(flags) == expected
+    assert parse_training(flags)[0] == expected
     file = tmp_path / "config.json"
     file.write_text(json.dumps(expected.to_dict()), encoding="utf-8")
-    assert parse_config(["--config", str(file)]) == expected
+    assert parse_training(["--config", str(file)])[0] == expected
 
 
 def test_flags_win_over_config_and_config_over_preset(tmp_path: Path) -> None:
     file = tmp_path / "config.json"
     file.write_text(json.dumps({"rank": 2, "learning_rate": 0.5}), encoding="utf-8")
-    config = parse_config(["--preset", "paper", "--config", str(file), "--learning_rate", "0.25"])
+    config = parse_training(["--preset", "paper", "--config", str(file), "--learning_rate", "0.25"])[0]
     assert config.adapter.rank == 2
     assert config.optim.learning_rate == 0.25
     assert config.optim.max_train_steps == 500
@@ -115,8 +115,8 @@ def test_a_saved_config_of_an_earlier_version_resumes_with_full_noise(tmp_path: 
     file = tmp_path / "config.json"
     file.write_text(json.dumps(saved), encoding="utf-8")
     assert TrainConfig().updated_from(file) == TrainConfig.from_dict(saved) == earlier
-    assert parse_config(["--config", str(file)]).perturb == earlier.perturb
-    resumed = parse_config(["--output_dir", str(tmp_path), "--resume_from_checkpoint", "latest"])
+    assert parse_training(["--config", str(file)])[0].perturb == earlier.perturb
+    resumed = parse_training(["--output_dir", str(tmp_path), "--resume_from_checkpoint", "latest"])[0]
     assert resumed.perturb == earlier.perturb
     assert with_legacy_defaults(saved)["perturb_draw"] == RunDir(tmp_path).config()["perturb_draw"] == "full"
     assert with_legacy_defaults({**saved, "perturb_draw": "low_rank"})["perturb_draw"] == "low_rank"
@@ -146,7 +146,7 @@ UNREAD = {
 @pytest.mark.parametrize("line", UNREAD)
 def test_a_flag_that_the_method_or_schedule_does_not_use_is_an_error(line: str) -> None:
     with pytest.raises(ConfigError, match=UNREAD[line]):
-        parse_config(line.split())
+        parse_training(line.split())
 
 
 def test_a_comparison_accepts_settings_of_the_methods_of_its_arms(icons: Path) -> None:
@@ -166,12 +166,12 @@ def test_settings_of_other_methods_in_a_preset_file_or_saved_run_are_ignored(tmp
     resumed = ["--output_dir", str(tmp_path), "--resume_from_checkpoint", "latest"]
     taken_back = ["--config", str(file), "--sigma", "None", "--sigma_ramp_steps", "None"]
     for source in (["--preset", "paper"], ["--config", str(file)], resumed, taken_back):
-        assert parse_config([*source, "--method", "sam"]).perturb.method == "sam"
-        assert parse_config([*source, "--sigma_schedule", "constant"]).perturb.sigma_schedule == "constant"
+        assert parse_training([*source, "--method", "sam"])[0].perturb.method == "sam"
+        assert parse_training([*source, "--sigma_schedule", "constant"])[0].perturb.sigma_schedule == "constant"
     file.write_text(json.dumps(TrainConfig.from_dict({"method": "lora"}).to_dict()), encoding="utf-8")
     for source, method in ((["--config", str(file)], "lora"), (resumed, "lora"), (["--preset", "quality"], "lora")):
         with pytest.raises(ConfigError, match=f"--method {method} has no perturb_noise"):
-            parse_config([*source, "--perturb_noise", "iid"])
+            parse_training([*source, "--perturb_noise", "iid"])
 
 
 def test_a_preset_s_method_ignores_settings_of_other_methods_in_saved_runs_but_not_in_files(tmp_path: Path) -> None:
@@ -180,15 +180,15 @@ def test_a_preset_s_method_ignores_settings_of_other_methods_in_saved_runs_but_n
     resumed = ["--output_dir", str(tmp_path), "--resume_from_checkpoint", "latest"]
     flat = ["--method", "flat-lora"]
     file.write_text(json.dumps(TrainConfig.from_dict({"sigma": 0.2}).to_dict()), encoding="utf-8")
-    assert parse_config([*quality, *resumed]).perturb.method == "lora"
-    again = parse_config([*quality, *flat, "--sigma", "0.2", *resumed]).perturb
+    assert parse_training([*quality, *resumed])[0].perturb.method == "lora"
+    again = parse_training([*quality, *flat, "--sigma", "0.2", *resumed])[0].perturb
     assert (again.method, again.sigma) == ("flat-lora", 0.2)
     file.write_text(json.dumps({"sigma": 0.2}), encoding="utf-8")
     of_file = [*quality, "--config", str(file)]
-    assert parse_config([*of_file, *flat]).perturb.sigma == 0.2
-    assert parse_config([*of_file, "--method", "lora"]).perturb.sigma is None
+    assert parse_training([*of_file, *flat])[0].perturb.sigma == 0.2
+    assert parse_training([*of_file, "--method", "lora"])[0].perturb.sigma is None
     with pytest.raises(ConfigError, match="--method lora has no sigma"):
-        parse_config(of_file)
+        parse_training(of_file)
 
 
 @pytest.mark.parametrize("flags", [["--method", "lora"], ["--method=LoRA"]])
@@ -196,17 +196,20 @@ def test_plain_lora_drops_a_sigma_that_came_from_a_preset_or_a_file(tmp_path: Pa
     file = tmp_path / "config.json"
     file.write_text(json.dumps(TrainConfig.from_dict({"sigma": 0.05}).to_dict()), encoding="utf-8")
     for source in (["--preset", "paper"], ["--config", str(file)]):
-        assert parse_config([*source, *flags, "--output_name", "sigma"]).perturb.effective_sigma == 0
-        assert parse_config([*source, "--method", "flat-lora"]).perturb.effective_sigma > 0
+        assert parse_training([*source, *flags, "--output_name", "sigma"])[0].perturb.effective_sigma == 0
+        assert parse_training([*source, "--method", "flat-lora"])[0].perturb.effective_sigma > 0
         with pytest.raises(ConfigError, match=r"sigma=0\.1 was given"):
-            parse_config([*source, *flags, "--sigma", "0.1"])
+            parse_training([*source, *flags, "--sigma", "0.1"])
 
 
 def test_rho_rise_overrides_the_rho_of_a_file(tmp_path: Path) -> None:
     file = tmp_path / "config.json"
     file.write_text(json.dumps(TrainConfig.from_dict({"method": "sam", "rho": 0.05}).to_dict()), encoding="utf-8")
-    assert parse_config(["--config", str(file), "--rho_rise", "0.2"]).perturb.target_loss_increase == 0.2
-    assert parse_config(["--config", str(file), "--rho_rise", "0.2", "--rho", "0.1"]).perturb.target_loss_increase == 0
+    assert parse_training(["--config", str(file), "--rho_rise", "0.2"])[0].perturb.target_loss_increase == 0.2
+    assert (
+        parse_training(["--config", str(file), "--rho_rise", "0.2", "--rho", "0.1"])[0].perturb.target_loss_increase
+        == 0
+    )
 
 
 @pytest.mark.parametrize(
@@ -224,24 +227,24 @@ def test_rho_rise_overrides_the_rho_of_a_file(tmp_path: Path) -> None:
     ],
 )
 def test_a_run_has_one_preview_prompt_or_several(tmp_path: Path, flags: list[str], prompts: list[str]) -> None:
-    config = parse_config(["--preset", "demo", *flags])
+    config = parse_training(["--preset", "demo", *flags])[0]
     assert config.run.preview_prompts == prompts
     file = tmp_path / "config.json"
     file.write_text(json.dumps(config.to_dict()), encoding="utf-8")
-    assert parse_config(["--config", str(file)]).run.preview_prompts == prompts
-    assert parse_config(["--config", str(file), "--validation_prompt", "a key"]).run.preview_prompts == ["a key"]
+    assert parse_training(["--config", str(file)])[0].run.preview_prompts == prompts
+    assert parse_training(["--config", str(file), "--validation_prompt", "a key"])[0].run.preview_prompts == ["a key"]
 
 
 def test_the_klein_preset_trains_klein_base_with_settings_that_it_supports() -> None:
-    config = parse_config(["--preset", "klein"])
+    config = parse_training(["--preset", "klein"])[0]
     assert config.model.pretrained_model_name_or_path == "black-forest-labs/FLUX.2-klein-base-4B"
     family_of(config.model).check_settings(config)
 
 
 def test_the_epochs_flag_overrides_steps_of_a_preset_but_not_the_steps_flag() -> None:
     flags = ["--preset", "paper", "--num-train-epochs=3"]
-    assert parse_config(flags).optim.max_train_steps is None
-    assert parse_config([*flags, "--max_train_steps=7"]).optim.max_train_steps == 7
+    assert parse_training(flags)[0].optim.max_train_steps is None
+    assert parse_training([*flags, "--max_train_steps=7"])[0].optim.max_train_steps == 7
 
 
 def test_the_paper_preset_is_the_papers_sdxl_setting() -> None:
@@ -254,7 +257,7 @@ def test_the_paper_preset_is_the_papers_sdxl_setting() -> None:
 
 @pytest.mark.parametrize("preset", ["paper", "bilora_icons", None])
 def test_only_presets_of_papers_have_full_noise_and_the_norms_of_every_step(preset: str | None) -> None:
-    perturb = parse_config([] if preset is None else ["--preset", preset]).perturb
+    perturb = parse_training([] if preset is None else ["--preset", preset])[0].perturb
     assert (perturb.perturb_draw, perturb.perturb_norm_every) == (("low_rank", 10) if preset is None else ("full", 1))
 
 
@@ -299,7 +302,7 @@ def test_an_unusable_config_file_is_named_in_the_error(tmp_path: Path, text: str
     if text is not None:
         file.write_text(text, encoding="utf-8")
     with pytest.raises(ConfigError, match=f"settings.json {message}"):
-        parse_config(["--config", str(file)])
+        parse_training(["--config", str(file)])
 
 
 @pytest.mark.parametrize("method", [["sam"], "sharper", None])
@@ -307,21 +310,21 @@ def test_an_invalid_method_in_a_file_is_named_with_the_file(tmp_path: Path, meth
     file = tmp_path / "settings.json"
     file.write_text(json.dumps({"method": method}), encoding="utf-8")
     with pytest.raises(ConfigError, match=r"settings.json: method="):
-        parse_config(["--config", str(file)])
+        parse_training(["--config", str(file)])
 
 
 def test_the_error_for_an_unknown_preset_lists_the_presets() -> None:
     known = "bilora_icons, demo, illustrious, klein, low_memory, paper, quality"
     for name in ("nope", "/etc/x", "../presets/paper", "accelerate", "", "Paper"):
         with pytest.raises(ConfigError, match=f"--preset {name} .*: {known}$"):
-            parse_config(["--preset", name])
+            parse_training(["--preset", name])
 
 
 def test_the_error_for_a_file_given_as_preset_names_the_config_flag(tmp_path: Path) -> None:
     file = tmp_path / "mine.json"
     file.write_text("{}")
     with pytest.raises(ConfigError, match=r"paper, quality; .*--config"):
-        parse_config(["--preset", str(file)])
+        parse_training(["--preset", str(file)])
 
 
 @pytest.mark.parametrize(
@@ -339,7 +342,7 @@ def test_an_error_in_a_config_file_names_the_file(tmp_path: Path, text: str, fau
     resumed = ["--output_dir", str(tmp_path), "--resume_from_checkpoint", "latest"]
     for arguments in (["--config", str(file)], ["--preset", "paper", "--config", str(file)], resumed):
         with pytest.raises(ConfigError) as raised:
-            parse_config(arguments)
+            parse_training(arguments)
         assert fault in str(raised.value)
         assert str(file) in str(raised.value)
         assert "\n" not in str(raised.value)

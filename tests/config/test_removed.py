@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from flatlora_diffusion.commands.train_flags import parse_config
+from flatlora_diffusion.commands.train_flags import parse_training
 from flatlora_diffusion.config import METHODS, ConfigError, TrainConfig
 from flatlora_diffusion.config.removed import SETTINGS, VALUES
 from flatlora_diffusion.storage.run_dir import RunDir
@@ -32,10 +32,10 @@ def test_no_current_setting_is_listed_as_removed() -> None:
 def test_the_error_for_a_removed_flag_or_value_names_its_replacement() -> None:
     for name, removed in SETTINGS.items():
         with pytest.raises(ConfigError, match=f"--{name}.*{removed.remedy}"):
-            parse_config([f"--{name}", "0.1"])
+            parse_training([f"--{name}", "0.1"])
     for (name, value), removed in VALUES.items():
         with pytest.raises(ConfigError, match=f"--{name} {value}.*{removed.remedy}"):
-            parse_config([f"--{name}", value])
+            parse_training([f"--{name}", value])
 
 
 def test_a_saved_run_with_any_removed_setting_opens(tmp_path: Path) -> None:

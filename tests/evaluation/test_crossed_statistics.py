@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from flatlora_diffusion.evaluation.crossed_statistics import crossed_difference, holm
+from flatlora_diffusion.evaluation.crossed_statistics import crossed_difference
 
 
 def table(seeds: int, images: int, spread: tuple[float, float, float], seed: int) -> np.ndarray:
@@ -88,10 +88,3 @@ def test_the_interval_covers_where_seeds_images_or_neither_vary() -> None:
         held = [crossed_difference(table(5, 30, spread, seed).tolist()) for seed in range(400)]
         covered = sum(result.low <= 0 <= result.high for result in held if result.low is not None and result.high)
         assert covered >= 0.92 * len(held), spread
-
-
-def test_holm_rejects_step_by_step() -> None:
-    assert holm([0.01, 0.04, 0.03]) == [True, False, False]  # 0.01 <= 0.05/3, then 0.03 > 0.05/2
-    assert holm([0.01, 0.04, 0.02]) == [True, True, True]
-    assert holm([0.06]) == [False]
-    assert holm([]) == []

@@ -14,6 +14,7 @@ from flatlora_diffusion.config import AdapterConfig, ModelConfig
 from flatlora_diffusion.data.dataset import load_samples
 from flatlora_diffusion.evaluation import probe as evaluation
 from flatlora_diffusion.evaluation.probe import Probe, fixed_probe, loss_increases, probe_loss
+from flatlora_diffusion.families.drawing import ImageSettings
 from flatlora_diffusion.families.sampling import generate_images
 from flatlora_diffusion.families.sdxl.objective import SdxlObjective
 from flatlora_diffusion.families.sdxl.pipeline import Sdxl, load_sdxl
@@ -87,7 +88,7 @@ def test_no_rise_is_measured_under_the_eps_of_training(sdxl: Sdxl, probe: Probe)
 
 def test_an_image_depends_on_its_prompt_and_seed_alone(sdxl: Sdxl) -> None:
     def images(prompts: list[str], seeds: list[int], batch_size: int = 8) -> list[bytes]:
-        made = generate_images(sdxl, prompts, seeds, 32, steps=2, batch_size=batch_size)
+        made = generate_images(sdxl, prompts, seeds, ImageSettings(32, 2), batch_size)
         assert {image.size for image in made} == {(32, 32)}
         return [image.tobytes() for image in made]
 

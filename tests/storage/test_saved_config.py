@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from flatlora_diffusion.commands import command_line
-from flatlora_diffusion.commands.train_flags import parse_config
+from flatlora_diffusion.commands.train_flags import parse_training
 from flatlora_diffusion.config import SAMPLES, TrainConfig
 from flatlora_diffusion.storage.run_dir import RunDir
 from flatlora_diffusion.storage.saved_config import changed_names, expand_paths, portable
@@ -42,7 +42,7 @@ def test_a_saved_run_keeps_paths_in_the_working_folder_and_the_home(home: Path) 
     saved = run.config_file.read_text(encoding="utf-8")
     assert json.loads(saved)["instance_data_dir"] == "~/pictures"
     assert str(home.parent) not in saved
-    config = parse_config(["--config", str(run.config_file)])
+    config = parse_training(["--config", str(run.config_file)])[0]
     assert config.data.instance_data_dir == str(home / "pictures")
     assert config.data.class_data_dir == "dogs"
     assert config.run.output_dir == str(home / "runs" / "x")
@@ -52,11 +52,11 @@ def test_saved_paths_of_samples_work_in_any_installation(home: Path) -> None:
     icons = SAMPLES / "icons_3d"
     run = save(home / "x", instance_data_dir=str(icons), output_dir="x")
     assert json.loads(run.config_file.read_text(encoding="utf-8"))["instance_data_dir"] == "samples/icons_3d"
-    assert parse_config(["--config", str(run.config_file)]).data.instance_data_dir == str(icons)
-    assert parse_config(["--preset", "demo"]).data.instance_data_dir == str(icons)
+    assert parse_training(["--config", str(run.config_file)])[0].data.instance_data_dir == str(icons)
+    assert parse_training(["--preset", "demo"])[0].data.instance_data_dir == str(icons)
     assert expand_paths({"instance_data_dir": "samples/mine"}) == {"instance_data_dir": "samples/mine"}
     Path("samples/icons_3d").mkdir(parents=True)
-    mine = parse_config(["--config", str(run.config_file)]).data.instance_data_dir
+    mine = parse_training(["--config", str(run.config_file)])[0].data.instance_data_dir
     assert mine == "samples/icons_3d", "the user's own folder of that name goes before"
 
 
@@ -74,21 +74,21 @@ def test_the_error_for_unsaved_paths_lists_the_settings_to_give_again(
     assert "give --instance_data_dir (it was .../pictures), --init_lora (it was .../old.safetensors) again" in error
     assert str(tmp_path) not in error
     again = ["--instance_data_dir", str(tmp_path / "pictures"), "--init_lora", "x"]
-    config = parse_config(["--config", str(run.config_file), *again])
+    config = parse_training(["--config", str(run.config_file), *again])[0]
     assert config.run.output_dir == str(tmp_path / "x"), "it is beside the file"
 
 
 def test_a_run_that_was_resumed_is_repeated_from_its_start(tmp_path: Path) -> None:
     run = save(tmp_path / "x", resume_from_checkpoint="latest", rank=2)
-    assert parse_config(["--config", str(run.config_file)]) == TrainConfig.from_dict({"rank": 2})
+    assert parse_training(["--config", str(run.config_file)])[0] == TrainConfig.from_dict({"rank": 2})
 
 
 def test_a_resumed_run_keeps_the_settings_that_are_not_given(tmp_path: Path) -> None:
     save(tmp_path / "x", learning_rate=0.01, rank=2, seed=4)
     resume = ["--output_dir", str(tmp_path / "x"), "--resume_from_checkpoint", "latest"]
-    config = parse_config([*resume, "--seed", "5"])
+    config = parse_training([*resume, "--seed", "5"])[0]
     assert (config.optim.learning_rate, config.adapter.rank, config.run.seed) == (0.01, 2, 5)
-    assert parse_config([*resume[:2]]).adapter.rank == TrainConfig().adapter.rank
+    assert parse_training([*resume[:2]])[0].adapter.rank == TrainConfig().adapter.rank
 
 
 @pytest.mark.parametrize(

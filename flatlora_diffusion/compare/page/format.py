@@ -25,11 +25,6 @@ _MAX_PNG_BYTES = 400_000  # larger pictures are embedded as JPEG; two dozen of S
 BETTER = {"lower": "lower is better", "higher": "higher is better"}
 
 
-def count_text(number: int, noun: str) -> str:
-    """Write a number with its noun in the singular or plural."""
-    return f"{number} {noun}{'s' * (number != 1)}"
-
-
 def mean_of(values: Sequence[float]) -> float | None:
     """The mean; None without values."""
     return statistics.fmean(values) if values else None

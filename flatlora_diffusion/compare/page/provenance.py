@@ -11,11 +11,10 @@ from flatlora_diffusion.compare.page.format import (
     Section,
     arm_name,
     chip,
-    count_text,
     main_arms,
     setting_text,
 )
-from flatlora_diffusion.storage.formatting import figure
+from flatlora_diffusion.storage.formatting import count_text, figure
 
 _SHORT_HASH = 12  # hex digits; the tooltip has the full hash
 _MAX_OPEN_HASHES = 3  # more hashes of a condition are folded

@@ -14,7 +14,6 @@ from flatlora_diffusion.compare.page.format import (
     Result,
     Section,
     arm_name,
-    count_text,
     difference_name,
     headline,
     look_of,
@@ -25,7 +24,7 @@ from flatlora_diffusion.compare.page.format import (
     values_of,
 )
 from flatlora_diffusion.evaluation.paired_statistics import CLEAN_LOSS, ENDS, SECONDS, STEPS
-from flatlora_diffusion.storage.formatting import MISSING, figure, interval, is_known
+from flatlora_diffusion.storage.formatting import MISSING, count_text, figure, interval, is_known
 
 _MATCHED = {
     STEPS: "equal steps",

@@ -80,7 +80,7 @@ def test_embeddings_are_hidden_states_9_18_and_27_of_the_chat_template_without_t
 @pytest.mark.parametrize("guidance", [1.0, 4.0])
 def test_images_are_those_of_the_pipeline(guidance: float, base: Klein, stock: Flux2KleinPipeline) -> None:
     prompts, seeds = PROMPTS[:2], [5, 6]
-    found = generate_images(base, prompts, seeds, RESOLUTION, steps=3, guidance=guidance)
+    found = generate_images(base, prompts, seeds, ImageSettings(RESOLUTION, 3, guidance))
     for prompt, seed, image in zip(prompts, seeds, found, strict=True):
         expected = stock(
             prompt=prompt,

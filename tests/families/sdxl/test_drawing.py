@@ -324,7 +324,8 @@ def test_guidance_is_rescaled_for_zero_terminal_snr_and_for_no_other(base: Path,
     actual = load_sdxl(model, torch.device("cpu"), torch.float32)
     assert (actual.default_rescale, sdxl.default_rescale) == (0.7, 0.0)
     drawn = [
-        generate_images(actual, ["a fox"], [0], 32, 2, rescale=rescale)[0].tobytes() for rescale in (None, 0.7, 0.0)
+        generate_images(actual, ["a fox"], [0], ImageSettings(32, 2, rescale=rescale))[0].tobytes()
+        for rescale in (None, 0.7, 0.0)
     ]
     assert drawn[0] == drawn[1] != drawn[2]
     drawing = actual.describe_image("a fox", 0, ImageSettings(32), "noob", ())

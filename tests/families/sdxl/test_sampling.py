@@ -22,6 +22,7 @@ from safetensors.torch import load_file, save_file
 
 from flatlora_diffusion.commands.command_line import main
 from flatlora_diffusion.config import ConfigError, GenerateConfig, ModelConfig, RunError
+from flatlora_diffusion.families.drawing import ImageSettings
 from flatlora_diffusion.families.sampling import generate_images
 from flatlora_diffusion.families.sdxl.pipeline import Sdxl, load_sdxl
 from flatlora_diffusion.gallery.gallery import LoraRow, generate
@@ -91,11 +92,11 @@ def draw(
     sdxl: Sdxl, *loras: LoraFile, strength: float = 1.0, merge: bool = False, prompt: str = "a fox"
 ) -> Image.Image:
     with loras_loaded(sdxl.pipeline, loras), lora_scale(sdxl.pipeline, loras, strength, merge):
-        return generate_images(sdxl, [prompt], [0], 32, steps=2)[0]
+        return generate_images(sdxl, [prompt], [0], ImageSettings(32, 2))[0]
 
 
 def plain(sdxl: Sdxl, prompt: str = "a fox", seed: int = 0) -> Image.Image:
-    return generate_images(sdxl, [prompt], [seed], 32, steps=2)[0]
+    return generate_images(sdxl, [prompt], [seed], ImageSettings(32, 2))[0]
 
 
 def stock(base: Path, prompt: str = "a fox") -> tuple[Any, dict[str, Any]]:
@@ -300,9 +301,9 @@ def test_new_tokens_beside_the_lora_are_those_of_a_stock_pipeline(
 
 
 def test_an_image_is_the_same_alone_and_among_others_and_alike_in_all_precisions(sdxl: Sdxl, base: Path) -> None:
-    both = generate_images(sdxl, ["a cow", "a fox"], [3, 0], 32, steps=2, batch_size=1)
+    both = generate_images(sdxl, ["a cow", "a fox"], [3, 0], ImageSettings(32, 2), batch_size=1)
     assert distance(both[1], plain(sdxl)) == 0
-    batch = generate_images(sdxl, ["a cow", "a fox", "a crown"], [3, 0, 0], 32, steps=2)
+    batch = generate_images(sdxl, ["a cow", "a fox", "a crown"], [3, 0, 0], ImageSettings(32, 2))
     assert distance(batch[1], plain(sdxl)) <= 1
     model = ModelConfig(pretrained_model_name_or_path=str(base))
     half = load_sdxl(model, torch.device("cpu"), torch.bfloat16)
@@ -316,25 +317,25 @@ def test_an_image_that_is_not_finite_is_black_and_told_with_its_prompt(
 ) -> None:
     model = sdxl.denoiser.conv_out if part == "unet" else sdxl.vae.decoder
     with model.register_forward_hook(lambda _module, _inputs, output: output * value):
-        (image,) = generate_images(sdxl, ["a fox"], [0], 32, steps=2)
+        (image,) = generate_images(sdxl, ["a fox"], [0], ImageSettings(32, 2))
         assert "'a fox'" in caplog.text
         assert "float32" in caplog.text
         assert remedy in caplog.text
         assert not np.asarray(image).any()
         with pytest.raises(RunError, match=f"'a fox'.*{remedy}"):
-            generate_images(sdxl, ["a fox"], [0], 32, steps=2, must_be_finite=True)
+            generate_images(sdxl, ["a fox"], [0], ImageSettings(32, 2), must_be_finite=True)
 
 
 def test_a_unet_that_overflows_in_fp16_is_told_another_precision(base: Path, caplog: pytest.LogCaptureFixture) -> None:
     config = ModelConfig(pretrained_model_name_or_path=str(base))
     sdxl = load_sdxl(config, torch.device("cpu"), torch.float16)
     sdxl.denoiser.conv_out.register_forward_hook(lambda _module, _inputs, output: output * 1e6)
-    generate_images(sdxl, ["a fox"], [0], 32, steps=2)
+    generate_images(sdxl, ["a fox"], [0], ImageSettings(32, 2))
     assert "float16: give another --mixed_precision, for class images --prior_generation_precision" in caplog.text
 
 
 def test_a_negative_prompt_counts(sdxl: Sdxl) -> None:
-    drawn = generate_images(sdxl, ["a fox"], [0], 32, steps=2, negative_prompt="a cow")[0]
+    drawn = generate_images(sdxl, ["a fox"], [0], ImageSettings(32, 2, negative_prompt="a cow"))[0]
     assert distance(drawn, plain(sdxl)) > 0
 
 
