@@ -102,10 +102,7 @@ def check_source(config: ModelConfig) -> None:
 def _check_folder(folder: Path, config: ModelConfig) -> None:
     """Raise ConfigError unless the configs of a folder saved by diffusers are those of an SDXL base."""
     what = _named(config)
-    try:
-        parts = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{what} has no readable model_index.json: {first_line(error)}") from error
+    parts = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
     for part, of_what in (("text_encoder_2", "Stable Diffusion 1 or 2"), ("text_encoder", "SDXL's refiner")):
         if not any(parts.get(part) or ()):
             raise ConfigError(f"{what} has no {part}, as {of_what}; choose an SDXL base")
