@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING
 from flatlora_diffusion.config import TINY_KLEIN, ConfigError, ModelConfig, function_at
 from flatlora_diffusion.families.base_title import included_title, remedy, title_with_size
 from flatlora_diffusion.families.family import Family
-from flatlora_diffusion.families.paths import SETTING, base_file
-from flatlora_diffusion.storage.formatting import first_line
+from flatlora_diffusion.families.paths import SETTING, base_file, read_settings
 
 if TYPE_CHECKING:
     import torch
@@ -59,20 +58,17 @@ def load_base(config: ModelConfig, device: torch.device, dtype: torch.dtype) -> 
 
 def check_kind(config: ModelConfig) -> None:
     """Raise ConfigError for a model_index.json that is invalid, or of a pipeline of no family."""
-    file, what = base_file(config, "model_index.json"), f"{SETTING}={config.pretrained_model_name_or_path!r}"
+    file = base_file(config, "model_index.json")
     if file is None:
         return
-    try:
-        index = json.loads(file.read_text(encoding="utf-8"))
-        kind = str(index["_class_name"])
-    except (OSError, ValueError, LookupError, TypeError) as error:
-        raise ConfigError(
-            f"{what} has a damaged model_index.json ({first_line(error)}); copy or download the base again"
-        ) from error
-    denoiser = family_of(config).denoiser
+    index, denoiser = read_settings(file), family_of(config).denoiser
+    kind = str(index.get("_class_name", "pipeline of no class"))
     if kind not in FAMILIES and not index.get(denoiser):  # another pipeline of SDXL has a unet too
         names = " nor ".join(family.name for family in families())
-        raise ConfigError(f"{what} is a {kind} without {denoiser}, neither {names}; give a base of one of them")
+        raise ConfigError(
+            f"{SETTING}={config.pretrained_model_name_or_path!r} is a {kind} without {denoiser}, neither {names}; "
+            "give a base of one of them"
+        )
 
 
 def random_base(config: ModelConfig, device: torch.device, dtype: torch.dtype) -> Base:
