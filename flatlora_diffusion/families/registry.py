@@ -6,7 +6,7 @@ import json
 from functools import lru_cache
 from typing import TYPE_CHECKING
 
-from flatlora_diffusion.config import TINY_KLEIN, ConfigError, ModelConfig, function_at
+from flatlora_diffusion.config import TINY_KLEIN, ConfigError, MixedPrecision, ModelConfig, function_at
 from flatlora_diffusion.families.base_title import included_title, remedy, title_with_size
 from flatlora_diffusion.families.family import Family
 from flatlora_diffusion.families.paths import SETTING, base_file, read_settings
@@ -75,6 +75,17 @@ def random_base(config: ModelConfig, device: torch.device, dtype: torch.dtype) -
     """Create a base with random weights in the shapes of the base in `config`, without a download."""
     base: Base = function_at(family_of(config).random_loader)(config, device, dtype)
     return base
+
+
+def drawing_precision(config: ModelConfig) -> MixedPrecision:
+    """Return the default precision of images: fp16 on a GPU, bf16 for a family that prefers it, fp32 on a CPU."""
+    import torch
+
+    from flatlora_diffusion.families.device import has_bf16
+
+    if not torch.cuda.is_available():
+        return "no"
+    return "bf16" if family_of(config).prefers_bf16 and has_bf16(torch.device("cuda")) else "fp16"
 
 
 def base_title(model: ModelConfig) -> str:
