@@ -226,14 +226,6 @@ def base_arguments(settings: Mapping[str, Any]) -> tuple[str, ...]:
     return tuple(parts)
 
 
-@lru_cache(maxsize=1)
-def default_precision() -> str:
-    """The default compute precision of `generate`: fp16 on a GPU, fp32 (`no`) on a CPU."""
-    import torch
-
-    return "fp16" if torch.cuda.is_available() else "no"
-
-
 def _read(path: Path, drawing: Drawing) -> Picture | None:
     """The picture in the file; None for an unfinished file or another precision."""
     try:

@@ -6,7 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from flatlora_diffusion.config import ConfigError
+from flatlora_diffusion.config import ConfigError, ModelConfig
+from flatlora_diffusion.families.registry import drawing_precision
 
 from ..context import AppContext
 from ..errors import describe_error
@@ -28,7 +29,7 @@ from .comparison import (
 )
 from .export import save_grid, save_page
 from .grid import grid_page
-from .picture_cache import PRECISIONS, DrawOrder, Picture, PictureCache, default_precision, orders_for
+from .picture_cache import PRECISIONS, DrawOrder, Picture, PictureCache, orders_for
 
 BY_PROMPT, BY_STRENGTH, BY_CHECKPOINT = "prompts", "strengths", "checkpoints"
 PICTURES, TO_BASE, BETWEEN = "pictures", "to_base", "between"
@@ -107,7 +108,7 @@ class CompareView:
             strengths=read_strengths(form.strengths or "") if by_strength else (strength,),
             steps=int(_within("Steps", form.steps, STEPS)),
             guidance=_within("Guidance", form.guidance, GUIDANCES),
-            precision=form.precision if form.precision in PRECISIONS else default_precision(),
+            precision=form.precision if form.precision in PRECISIONS else _default_precision(chosen),
             moments=common_moments(chosen) if chosen and form.rows == BY_CHECKPOINT else (None,),
         )
 
@@ -205,6 +206,11 @@ class CompareView:
             reason, log = why_failed(self.context, tried[-1])
             return error_line(f"The last job failed: {reason}. Press Draw to try again.", log)
         return status_line(f"{len(missing)} of {count} pictures are not drawn yet. Press Draw.")
+
+
+def _default_precision(arms: Sequence[ComparedRun]) -> str:
+    """The default compute precision of `generate` for the base of `arms`; without any, fp32 (`no`)."""
+    return drawing_precision(ModelConfig(arms[0].base[1])) if arms else "no"
 
 
 def _within(label: str, number: float | None, bounds: tuple[float, float]) -> float:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from flatlora_diffusion.config import TrainConfig
-from flatlora_diffusion.families.registry import family_of
+from flatlora_diffusion.families.registry import check_kind, family_of
 from flatlora_diffusion.storage.model_paths import check_models
 
 
@@ -21,6 +21,7 @@ def check_start(config: TrainConfig) -> None:
     check_models(config.model, config.adapter.init_lora)
     if config.adapter.init_lora is not None:
         read_header(lora_path(Path(config.adapter.init_lora)))
+    check_kind(config.model)
     family = family_of(config.model)
     family.check_settings(config)
     family.check_source(config.model)

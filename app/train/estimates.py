@@ -85,7 +85,7 @@ def estimate_time(config: TrainConfig, images: int, runs: RunStore) -> TimeEstim
 def memory_of(config: TrainConfig) -> MemoryEstimate | None:
     """GPU memory of the training; None for settings that fit no base. The first call takes seconds.
 
-    A base that is not on this computer counts as SDXL.
+    A base that is not on this computer counts as the usual one of its family.
     """
     from flatlora_diffusion.memory.estimate import estimate_memory  # imports torch and diffusers
 

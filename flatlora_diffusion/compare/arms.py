@@ -30,6 +30,7 @@ from flatlora_diffusion.config import (
     settings_with,
     why_removed,
 )
+from flatlora_diffusion.families.registry import family_of
 from flatlora_diffusion.storage.formatting import slug
 from flatlora_diffusion.storage.run_dir import LORA_FILE, RunDir
 from flatlora_diffusion.storage.saved_config import portable
@@ -178,11 +179,13 @@ def plan_runs(config: TrainConfig, arms: Sequence[Arm], seeds: Sequence[int], po
     """Plan every run, seed by seed, in folders below `output_dir`; each run saves `points` checkpoints.
 
     Raises:
-        ConfigError: The settings of an arm exclude each other, or --max_train_steps is missing.
+        ConfigError: The settings of an arm exclude each other or do not fit the base, or --max_train_steps is missing.
     """
     steps = config.optim.max_train_steps
     if steps is None:
         raise ConfigError("--max_train_steps is missing: give it, so that all arms train equally long")
+    family = family_of(config.model)
+    family.check_settings(config)
     out = Path(config.run.output_dir)
     planned = []
     for seed in seeds:
@@ -199,6 +202,7 @@ def plan_runs(config: TrainConfig, arms: Sequence[Arm], seeds: Sequence[int], po
             }
             try:
                 planned.append(PlannedRun(arm, seed, config.replace(**values)))
+                family.check_settings(planned[-1].config)
             except ConfigError as error:
                 raise ConfigError(f"--arms {arm.key}: {error}") from error
     return planned

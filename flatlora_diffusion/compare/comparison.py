@@ -150,7 +150,7 @@ def _write(out: Path, result: ComparisonResult) -> None:
     write_compare_page(json.loads(text), out)
 
 
-def _settings(experiment: Experiment) -> dict[str, Any]:
+def _settings(experiment: Experiment, guidance: float) -> dict[str, Any]:
     """The settings of the runs and of the comparison, and the size and hash of each image set."""
     precision = experiment.arm_runs[0].run.config()["mixed_precision"]
     options = {
@@ -162,7 +162,7 @@ def _settings(experiment: Experiment) -> dict[str, Any]:
         f"{name} images": f"{len(images.samples)}, {images.sha256[:16]}"
         for name, images in experiment.inputs.sets.items()
     }
-    options["guidance_scale"] = experiment.inputs.prompts.guidance
+    options["guidance_scale"] = guidance
     return {**portable(experiment.config.to_dict()), "mixed_precision": precision, **options, **sets}
 
 
@@ -180,7 +180,7 @@ def _measure(experiment: Experiment, evaluator: RunEvaluator, pictures: dict[str
     differences = paired_rows(arms, [metric["key"] for metric in metrics], values, images, trajectories)
     strengths = {planned.arm.key: evaluator.strengths(planned) for planned in first_runs}
     return ComparisonResult(
-        settings=_settings(experiment),
+        settings=_settings(experiment, evaluator.prompts.guidance),
         arms=[asdict(arm) for arm in arms],
         seeds=list(dict.fromkeys(planned.seed for planned in runs)),
         metrics=metrics,

@@ -110,13 +110,12 @@ def load_evaluator(config: TrainConfig, runs: Sequence[PlannedRun], inputs: Inpu
         any(planned.config.adapter.train_text_encoder for planned in runs),
     )
     generator = PictureGenerator(base, resolution, folder / "pictures" / cache, guidance=inputs.prompts.guidance)
+    prompts = dataclasses.replace(inputs.prompts, guidance=generator.guidance)
     training = [_at_training_resolution(sample, background, resolution) for sample in inputs.sets[TRAIN].samples]
     drawn = [sample for sample in inputs.sets[HELDOUT].samples if sample.caption in inputs.prompts.style]
     heldout = {sample.caption: _at_training_resolution(sample, background, resolution) for sample in drawn}
     names = names_of(inputs.heldout, inputs.sets[HELDOUT].samples)
-    return RunEvaluator(
-        loss_evaluator, generator, inputs.prompts, inputs.scoring_models, training, heldout, names
-    ), base
+    return RunEvaluator(loss_evaluator, generator, prompts, inputs.scoring_models, training, heldout, names), base
 
 
 def free_gpu_memory() -> None:

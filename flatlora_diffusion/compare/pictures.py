@@ -51,6 +51,11 @@ class PictureGenerator:
         return missing * self.passes_per_picture
 
     @property
+    def guidance(self) -> float:
+        """The guidance of the pictures: what was asked for, if the base has any."""
+        return self._settings[2]
+
+    @property
     def passes_per_picture(self) -> int:
         """The samples that a picture passes through the denoiser."""
         _, steps, guidance = self._settings

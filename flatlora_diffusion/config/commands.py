@@ -29,7 +29,9 @@ class GenerateConfig(Section):
     model: ModelConfig = field(default_factory=ModelConfig)
     prompts: tuple[str, ...] = setting((), "prompts of the images")
     prompts_file: str | None = setting(None, "text file with more prompts, one per line")
-    negative_prompt: str | None = setting(None, "negative prompt; default: zero embeddings")
+    negative_prompt: str | None = setting(
+        None, "negative prompt; default: zero embeddings, for FLUX.2 klein the empty prompt"
+    )
     seeds: tuple[int, ...] = setting((0,), "seeds of the initial noise, one image per seed", min=0, max=2**63 - 1)
     lora: tuple[str, ...] = setting(
         (),

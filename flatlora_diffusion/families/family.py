@@ -149,11 +149,12 @@ class Family(ABC):
         return {}
 
     def check_settings(self, config: TrainConfig) -> None:
-        """Raise ConfigError for settings that the family does not support."""
+        """Raise ConfigError for settings that the family does not support, and for an unsupported size of images."""
         if config.trains_text and not self.trains_text:
             name = "train_text_encoder" if config.adapter.train_text_encoder else "train_text_encoder_ti"
             raise ConfigError(f"--{name} is not supported on {self.name}; leave it out")
         self.check_sections(*vars(config).values())
+        self.check_resolution(config.model, config.data.resolution)
 
     def check_sections(self, *sections: object) -> None:
         """Raise ConfigError for a setting of these sections that is in `unsupported`."""

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import try_to_load_from_cache
 from huggingface_hub.errors import HFValidationError
 
 from flatlora_diffusion.config import INCLUDED_BASES, ConfigError, ModelConfig
+from flatlora_diffusion.storage.formatting import first_line
 
 SETTING = "pretrained_model_name_or_path"
 
@@ -31,6 +34,17 @@ def base_file(config: ModelConfig, name: str) -> Path | None:
     """Return a file of the base's folder, or of the folder of a single file's configs; None if it is not on disk."""
     path = config.single_file_config or base_path(config.pretrained_model_name_or_path)
     return _file(path, name, config.revision)
+
+
+def read_settings(file: Path) -> dict[str, Any]:
+    """Return the contents of a config file of a base. Raises ConfigError if it is damaged."""
+    try:
+        settings = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{file} is damaged ({first_line(error)}); copy or download the base again") from error
+    if not isinstance(settings, dict):
+        raise ConfigError(f"{file} is damaged (it is not an object); copy or download the base again")
+    return settings
 
 
 @contextmanager

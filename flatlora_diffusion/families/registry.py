@@ -6,10 +6,10 @@ import json
 from functools import lru_cache
 from typing import TYPE_CHECKING
 
-from flatlora_diffusion.config import TINY_KLEIN, ModelConfig, function_at
+from flatlora_diffusion.config import TINY_KLEIN, ConfigError, MixedPrecision, ModelConfig, function_at
 from flatlora_diffusion.families.base_title import included_title, remedy, title_with_size
 from flatlora_diffusion.families.family import Family
-from flatlora_diffusion.families.paths import base_file
+from flatlora_diffusion.families.paths import SETTING, base_file, read_settings
 
 if TYPE_CHECKING:
     import torch
@@ -51,14 +51,41 @@ def family_of_pipeline(pipeline: object) -> Family:
 
 def load_base(config: ModelConfig, device: torch.device, dtype: torch.dtype) -> Base:
     """Load the base onto `device`, frozen and in eval mode. Raises ConfigError if no family can load it."""
+    check_kind(config)
     base: Base = function_at(family_of(config).loader)(config, device, dtype)
     return base
+
+
+def check_kind(config: ModelConfig) -> None:
+    """Raise ConfigError for a model_index.json that is invalid, or of a pipeline of no family."""
+    file = base_file(config, "model_index.json")
+    if file is None:
+        return
+    index, denoiser = read_settings(file), family_of(config).denoiser
+    kind = str(index.get("_class_name", "pipeline of no class"))
+    if kind not in FAMILIES and not index.get(denoiser):  # another pipeline of SDXL has a unet too
+        names = " nor ".join(family.name for family in families())
+        raise ConfigError(
+            f"{SETTING}={config.pretrained_model_name_or_path!r} is a {kind} without {denoiser}, neither {names}; "
+            "give a base of one of them"
+        )
 
 
 def random_base(config: ModelConfig, device: torch.device, dtype: torch.dtype) -> Base:
     """Create a base with random weights in the shapes of the base in `config`, without a download."""
     base: Base = function_at(family_of(config).random_loader)(config, device, dtype)
     return base
+
+
+def drawing_precision(config: ModelConfig) -> MixedPrecision:
+    """Return the default precision of images: fp16 on a GPU, bf16 for a family that prefers it, fp32 on a CPU."""
+    import torch
+
+    from flatlora_diffusion.families.device import has_bf16
+
+    if not torch.cuda.is_available():
+        return "no"
+    return "bf16" if family_of(config).prefers_bf16 and has_bf16(torch.device("cuda")) else "fp16"
 
 
 def base_title(model: ModelConfig) -> str:

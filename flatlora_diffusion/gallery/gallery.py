@@ -22,12 +22,12 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from flatlora_diffusion.config import ConfigError, GenerateConfig, MixedPrecision
+from flatlora_diffusion.config import ConfigError, GenerateConfig
 from flatlora_diffusion.data.prompts import read_prompts
 from flatlora_diffusion.families.base import Base
-from flatlora_diffusion.families.device import DTYPES, check_precision, has_bf16
+from flatlora_diffusion.families.device import DTYPES, check_precision
 from flatlora_diffusion.families.drawing import Drawing, ImageSettings, portable_base_name
-from flatlora_diffusion.families.registry import family_of, load_base
+from flatlora_diffusion.families.registry import drawing_precision, family_of, load_base
 from flatlora_diffusion.families.sampling import generate_images
 from flatlora_diffusion.gallery.grid import labelled_grid
 from flatlora_diffusion.gallery.png_text import UsedLora, bare_name, grid_text, image_text
@@ -81,6 +81,7 @@ def generate(config: GenerateConfig) -> list[Path]:
 
     Raises ConfigError for invalid input, before the first image.
     """
+    family_of(config.model).check_sections(config, config.model)
     prompts = _prompts(config)
     rows = _rows(config)
     columns = [PromptColumn(number, prompt, seed) for number, prompt in enumerate(prompts, 1) for seed in config.seeds]
@@ -133,24 +134,27 @@ def _load(config: GenerateConfig) -> tuple[Base, GenerateConfig]:
     """Load the base; returns it and the config with the base's defaults of precision, size, steps and guidance."""
     has_gpu = torch.cuda.is_available()
     device = torch.device("cuda" if has_gpu else "cpu")
-    precision = config.mixed_precision or (_gpu_precision(config, device) if has_gpu else "no")
+    precision = config.mixed_precision or drawing_precision(config.model)
     check_precision("mixed_precision", precision, device)
     base = load_base(config.model, device, DTYPES[precision])
     if config.model.offload and has_gpu:
         base.pipeline.enable_model_cpu_offload()
     resolution = base.checked_resolution(config.resolution)
     asked = ImageSettings(resolution, config.num_inference_steps, config.guidance_scale)
+    guidance = base.guidance_of(asked)
+    if guidance <= 1 and (config.negative_prompt is not None or (config.guidance_scale or 0) > guidance):
+        name = "guidance_scale" if config.negative_prompt is None else "negative_prompt"
+        raise ConfigError(
+            f"{name}={getattr(config, name)!r} has no effect on this base, which is distilled to draw without "
+            f"guidance; leave out --{name}"
+        )
     return base, dataclasses.replace(
         config,
         mixed_precision=precision,
         resolution=resolution,
         num_inference_steps=base.steps_of(asked),
-        guidance_scale=base.guidance_of(asked),
+        guidance_scale=guidance,
     )
-
-
-def _gpu_precision(config: GenerateConfig, device: torch.device) -> MixedPrecision:
-    return "bf16" if family_of(config.model).prefers_bf16 and has_bf16(device) else "fp16"
 
 
 def _new_folder(parent: Path) -> Path:

@@ -50,12 +50,13 @@ OTHER_ADAPTERS = {
 _CHANGE = re.compile(r"\.diff(_b)?$|\.[wb]_norm$")
 _NOT_PORTABLE = ": tools interpret it in at least four incompatible ways, so it is not portable"
 _OTHER_TRANSFORMER = "a transformer model such as Wan, Qwen-Image or Z-Image"
-_TRANSFORMERS = ("Flux", _OTHER_TRANSFORMER)
+_SD3 = "Stable Diffusion 3"
+_TRANSFORMERS = ("Flux", _SD3, _OTHER_TRANSFORMER)
 # Patterns of the keys of LoRA files for models other than SDXL.
 _FAMILIES = (
     ("Flux", re.compile(r"(^|[._])(double_blocks|single_blocks|single_transformer_blocks)[._]")),
     (
-        "Stable Diffusion 3",
+        _SD3,
         re.compile(r"(^|[._])joint_blocks[._]|^lora_te3_|^text_encoder_3\.|[._]attn2?[._]add_[qkv]_proj"),
     ),
     (

@@ -12,7 +12,7 @@ from flatlora_diffusion.config import DENOISERS, INCLUDED_BASES, SDXL, ModelConf
 from flatlora_diffusion.families.family import Family
 from flatlora_diffusion.families.labels import Labels
 from flatlora_diffusion.families.paths import config_file
-from flatlora_diffusion.families.registry import family_of, family_of_pipeline
+from flatlora_diffusion.families.registry import check_kind, family_of, family_of_pipeline
 from flatlora_diffusion.lora_files.scale import PEFT_PREFIX
 
 Style = Literal["kohya-sgm", "kohya-diffusers", "comfyui", "lycoris", "peft", "diffusers-old", "processor"]
@@ -71,8 +71,10 @@ class BaseNames:
 def base_names(base: str | None = None) -> BaseNames:
     """Get the names of a base: a diffusers folder or an included base; its family's usual ones if it is not on disk.
 
-    None is SDXL."""
+    None is SDXL. Raises ConfigError if the base is of no family, or a config file of it is damaged.
+    """
     config = ModelConfig(pretrained_model_name_or_path=base or SDXL)
+    check_kind(config)
     family = family_of(config)
     name = config.pretrained_model_name_or_path
     if name == family.usual_base:

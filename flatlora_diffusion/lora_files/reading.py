@@ -98,7 +98,7 @@ def import_lora(file: CheckedFile, base: str | None) -> ImportedLora:
         ConfigError: The file is for another model family, no LoRA, or does not fit the base.
     """
     candidates = _candidates(file, base)
-    _check_family(file, candidates[0])
+    _check_family(file, candidates[0], is_given=base is not None)
     reject_other_adapters(file, OTHER_ADAPTERS)
     return parse_layers(file, _fitting(file, candidates))
 
@@ -182,7 +182,7 @@ def _check_factors(file: CheckedFile, keys: LayerKeys) -> None:
         file.tensor(key)
 
 
-def _check_family(file: CheckedFile, names: BaseNames) -> None:
+def _check_family(file: CheckedFile, names: BaseNames, is_given: bool = True) -> None:
     shapes = {name: entry.shape for name, entry in file.entries.items()}
     layers = names.shapes[names.family.denoiser].items()
     text_width = next((shape[1] for module, shape in layers if module.endswith("attn2.to_k")), None)
@@ -190,7 +190,9 @@ def _check_family(file: CheckedFile, names: BaseNames) -> None:
         return
     family = other_family(shapes, text_width)
     if family is not None:
-        raise ConfigError(f"{file.path} is a LoRA for {family}, not for SDXL")
+        is_maybe_klein = is_for_transformer(file) and not is_given
+        remedy = "; if it is for a FLUX.2 klein of another size than 4B, give that with --base"
+        raise ConfigError(f"{file.path} is a LoRA for {family}, not for SDXL{remedy if is_maybe_klein else ''}")
 
 
 def _candidates(file: CheckedFile, base: str | None) -> list[BaseNames]:

@@ -14,7 +14,7 @@ from flatlora_diffusion.adapter.delta import Update, cut_to_rank, truncated_svd
 from flatlora_diffusion.adapter.layers import parts_of
 from flatlora_diffusion.config import ConfigError, ExtractConfig, FileLayout, ModelConfig, ResizeConfig
 from flatlora_diffusion.families.paths import base_given_as, base_path
-from flatlora_diffusion.families.registry import load_base
+from flatlora_diffusion.families.registry import family_of, load_base
 from flatlora_diffusion.lora_files.metadata import portable_metadata
 from flatlora_diffusion.lora_files.names import DIFFUSERS_STYLES, BaseNames, adaptable_layers, base_names
 from flatlora_diffusion.lora_files.paths import lora_file
@@ -68,6 +68,7 @@ def extract_lora(config: ExtractConfig) -> ReducedFile:
             raise ConfigError(f"--{name} is missing; see `extract --help`")
     inputs = [base_path(config.base), base_path(config.tuned), *filter(None, [config.single_file_config])]
     check_lora_output(path, config.overwrite, map(Path, inputs))
+    _check_one_family(config)
     base, tuned = _load_model("base", config), _load_model("tuned", config)
     missed, whole = 0.0, 0.0
     extracted: dict[str, dict[str, Update]] = {}
@@ -92,6 +93,15 @@ def extract_lora(config: ExtractConfig) -> ReducedFile:
     return ReducedFile(
         write_lora(extracted, names, path, config.layout, config.dtype, metadata), math.sqrt(missed / whole)
     )
+
+
+def _check_one_family(config: ExtractConfig) -> None:
+    models = [ModelConfig(name, single_file_config=config.single_file_config) for name in (config.base, config.tuned)]
+    base, tuned = (family_of(model).name for model in models)
+    if base != tuned:
+        raise ConfigError(
+            f"tuned={config.tuned!r} is {tuned}, and base={config.base!r} {base}; give a fine-tuned model of this base"
+        )
 
 
 def _load_model(setting: str, config: ExtractConfig) -> Any:

@@ -23,6 +23,7 @@ from flatlora_diffusion.config import (
 )
 from flatlora_diffusion.data.images import find_images
 from flatlora_diffusion.families.device import DTYPES
+from flatlora_diffusion.families.family import checked_size
 from flatlora_diffusion.families.registry import family_of
 from flatlora_diffusion.memory.meta_step import (
     StepBytes,
@@ -93,11 +94,12 @@ def estimate_memory(config: TrainConfig) -> MemoryEstimate:
         config: settings of the run; default precision is fp32.
 
     Raises:
-        ConfigError: the LoRA settings match no layer of the base.
+        ConfigError: the LoRA settings match no layer of the base, or no image has the resolution.
     """
     model, data, optim = config.model, config.data, config.optim
     base = dataclasses.replace(model, offload=False, quantize_base=None)  # only shapes matter
     dtype, resolution = DTYPES[optim.mixed_precision or "no"], resolution_of(config)
+    checked_size(resolution, family_of(model).sizes(model).step)
     base_dtype = DTYPES[optim.precision_of_base]
     images = optim.train_batch_size * (2 if data.with_prior_preservation else 1)
     predictions = images * (2 if config.objective.prior_from_base else 1)  # those of the base save no activations

@@ -223,7 +223,7 @@ def _check_resumable(state: TrainState, name: str) -> None:
     others = [
         state.base.family.denoiser if part == "base" else part
         for part, value in fingerprints.items()
-        if value != start[part]
+        if value != start.get(part)  # another family has other parts
     ]
     if others:
         raise ConfigError(

@@ -17,6 +17,7 @@ from typing import Any
 
 import gradio as gr
 import pytest
+import torch
 from patience import wait_until
 from PIL import Image
 
@@ -34,7 +35,7 @@ from app.process.database import NewJob
 from app.settings import AppSettings
 from app.widgets.messages import percent
 from app.widgets.theme import COLOURS
-from flatlora_diffusion.config import SAMPLES, ConfigError
+from flatlora_diffusion.config import SAMPLES, TINY, TINY_KLEIN, ConfigError
 from flatlora_diffusion.storage.run_dir import RunDir
 
 ROOT = Path(__file__).parents[2]
@@ -94,6 +95,18 @@ def test_pictures_are_drawn_once_shown_voted_on_and_saved(view: CompareView, mon
     stronger = view.draw(replace(FORM, strength=1.5), "me")
     assert [list(job.settings)[-2:] for job in stronger] == [["--strengths", "1.5"]]
     _vote_on(view)
+
+
+def test_the_default_precision_on_a_gpu_is_that_of_the_base(
+    view: CompareView, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: True)
+    arms = view.arms()
+    for base, precision in ((TINY, "fp16"), (TINY_KLEIN, "bf16")):
+        on_base = [replace(arm, base=("--pretrained_model_name_or_path", base)) for arm in arms]
+        monkeypatch.setattr(view, "arms", lambda on_base=on_base: on_base)
+        assert view.comparison(FORM).precision == precision
 
 
 def _full(*values: Any) -> Path:

@@ -28,7 +28,7 @@ from app.ui import build_app
 from app.widgets.loss_chart import loss_curves, run_colours, smooth
 from app.widgets.run_cards import run_card, training_lines
 from app.widgets.theme import COLOURS
-from flatlora_diffusion.config import METHODS, TrainConfig
+from flatlora_diffusion.config import KLEIN, METHODS, TINY_KLEIN, TrainConfig
 from flatlora_diffusion.storage.run_dir import RunDir
 
 
@@ -114,6 +114,14 @@ def test_the_log_is_that_of_the_run_that_trains_until_another_is_chosen_by_hand(
     assert shown(one_lora="queued") == "one-lora"
     chosen = "one-flat-lora"
     assert shown(one_lora="running") == "one-lora"
+
+
+def test_a_size_that_no_image_of_the_base_has_is_told_before_the_start(context: AppContext) -> None:
+    session, _, *_ = load_samples_icons(context, "")
+    form = ConfigForm()
+    for base, told in ((TINY_KLEIN, "multiple of 8 for this base; 96 is the nearest"), (KLEIN, "at 100 x 100 pixels")):
+        values = form.write({"pretrained_model_name_or_path": base, "resolution": 100, "report_to": "none"})
+        assert told in summary(context, form, session, PLAIN, *values), "also of a base that is not on this computer"
 
 
 def test_a_start_asks_where_the_disk_has_no_room_for_both_arms(
@@ -303,11 +311,16 @@ def test_a_base_that_is_none_is_refused_before_the_start(context: AppContext) ->
     values = form.write({"pretrained_model_name_or_path": str(folder), "report_to": "none"})
     for index, reason in (
         (None, "is a folder without model_index.json"),
+        (
+            {"_class_name": "Flux2Pipeline", "unet": None},
+            "is a Flux2Pipeline without unet, neither SDXL nor FLUX.2 klein",
+        ),
         ({"text_encoder": ["transformers", "CLIPTextModel"]}, "has no text_encoder_2, as Stable Diffusion 1 or 2"),
         ({"text_encoder": [None, None], "text_encoder_2": ["a", "b"]}, "has no text_encoder, as SDXL&#x27;s refiner"),
     ):
         if index is not None:
-            (folder / "model_index.json").write_text(json.dumps(index))
+            unet = {"unet": ["diffusers", "UNet2DConditionModel"]}
+            (folder / "model_index.json").write_text(json.dumps(unet | index))
         assert reason in summary(context, form, session, PLAIN, *values)
         with pytest.raises(gr.Error, match=reason.partition("&")[0]):
             start(context, form, session, "one", PLAIN, *values)

@@ -46,6 +46,10 @@ def test_a_base_has_the_family_of_its_pipeline_s_class(toy: Path, base: Path, tm
     for text in ("{", "[]", "{}", '{"_class_name": "Another"}'):
         (broken / "model_index.json").write_text(text)
         assert isinstance(family_of(ModelConfig(str(broken))), SdxlFamily)
+        with pytest.raises(
+            ConfigError, match=r"model_index.json is damaged|pretrained_model_name_or_path=.*neither .* nor "
+        ):
+            load_base(ModelConfig(str(broken)), CPU, torch.float32)
     for name in (str(base), TINY, SDXL, str(file), "someone/unknown"):
         assert isinstance(family_of(ModelConfig(name)), SdxlFamily)
 

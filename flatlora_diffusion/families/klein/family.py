@@ -33,6 +33,7 @@ UNSUPPORTED: Mapping[str, object] = {
     "noise_offset": 0.0,
     "multires_noise_iterations": 0,
     "ip_noise_gamma": 0.0,
+    "guidance_rescale": None,  # of images
     # Blocks of a UNet, and a file of its own for web UIs.
     "use_blora": False,
     "output_kohya_format": False,

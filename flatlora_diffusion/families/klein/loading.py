@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 from diffusers import Flux2KleinPipeline
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
 
 from flatlora_diffusion.config import ConfigError, ModelConfig
@@ -24,6 +25,8 @@ logger = logging.getLogger(__name__)
 
 LAYERS = (9, 18, 27)  # of the text encoder, that the transformer reads
 _PARTS = ("transformer", "text_encoder", "vae")
+# Of diffusers and transformers, for missing and damaged files and for wrong values in config files.
+_LOAD_ERRORS = (OSError, ValueError, TypeError, LookupError, AttributeError, SafetensorError, StrictDataclassError)
 
 
 def load_pipeline(config: ModelConfig, device: torch.device, dtype: torch.dtype) -> Flux2KleinPipeline:
@@ -44,7 +47,7 @@ def load_pipeline(config: ModelConfig, device: torch.device, dtype: torch.dtype)
             use_safetensors=True,
             quantization_config=quantization,
         )
-    except (OSError, ValueError, SafetensorError) as error:
+    except _LOAD_ERRORS as error:
         why = loading_failure(path, error)
         raise ConfigError(f"{_named(config)} cannot be loaded as a FLUX.2 klein: {why}") from error
     _check_pipeline(pipeline, config)
@@ -80,6 +83,10 @@ def _check_pipeline(pipeline: Flux2KleinPipeline, config: ModelConfig) -> None:
         raise ConfigError(
             f"{_named(config)} is not a FLUX.2 klein: its text encoder has {layers} layers, and the transformer reads "
             f"layer {LAYERS[-1]}"
+        )
+    if not pipeline.tokenizer.chat_template:
+        raise ConfigError(
+            f"{_named(config)} has no chat template in its tokenizer folder; copy that of the base again"
         )
     missing = [
         f"{part}.{name}"

@@ -11,7 +11,7 @@ import torch
 from diffusers import Flux2KleinPipeline
 from torch import Tensor, nn
 
-from flatlora_diffusion.config import ConfigError, ModelConfig, ObjectiveConfig
+from flatlora_diffusion.config import ModelConfig, ObjectiveConfig
 from flatlora_diffusion.families.base import Base
 from flatlora_diffusion.families.drawing import Drawing, ImageSettings, a1111_sampler
 from flatlora_diffusion.families.flow_matching import noise_levels
@@ -116,10 +116,6 @@ class Klein(Base):
         return model
 
     def sample_latents(self, prompts: Sequence[str], seeds: Sequence[int], settings: ImageSettings) -> Tensor:
-        if settings.rescale:
-            raise ConfigError(
-                "--guidance_rescale does not fit FLUX.2 klein, which has no zero terminal SNR; remove it"
-            )
         guidance, side = self.guidance_of(settings), settings.resolution // self.latent_step
         negative = [settings.negative_prompt or ""] * len(prompts) if guidance > NO_GUIDANCE else None
         shape = self.denoiser.config.in_channels, side, side

@@ -5,12 +5,11 @@ A base that is not on disk is taken for FLUX.2 klein 4B. Torch is imported only 
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
 from flatlora_diffusion.config import ModelConfig
 from flatlora_diffusion.families.family import Sizes
-from flatlora_diffusion.families.paths import base_file
+from flatlora_diffusion.families.paths import base_file, read_settings
 
 TOKENS, SIDE = 512, 1024  # of a prompt, and pixels of an image
 # The sizes of black-forest-labs/FLUX.2-klein-base-4B; the VAE's are the defaults of diffusers.
@@ -64,8 +63,7 @@ def part_settings(config: ModelConfig, part: str) -> dict[str, Any]:
     file = base_file(config, "tokenizer/tokenizer_config.json" if part == "tokenizer" else f"{part}/config.json")
     if file is None:
         return _KLEIN_4B[part]
-    settings: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-    return settings
+    return read_settings(file)
 
 
 def sizes(config: ModelConfig) -> Sizes:

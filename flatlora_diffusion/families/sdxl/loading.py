@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from dataclasses import replace
 from importlib.util import find_spec
@@ -18,7 +17,7 @@ from safetensors import SafetensorError
 
 from flatlora_diffusion.config import ConfigError, ModelConfig
 from flatlora_diffusion.families.base_title import TINY_TITLE, title_with_size
-from flatlora_diffusion.families.paths import SETTING, base_path
+from flatlora_diffusion.families.paths import SETTING, base_path, read_settings
 from flatlora_diffusion.families.quantization import quantization_config
 from flatlora_diffusion.families.sdxl.detect import (
     Header,
@@ -102,10 +101,7 @@ def check_source(config: ModelConfig) -> None:
 def _check_folder(folder: Path, config: ModelConfig) -> None:
     """Raise ConfigError unless the configs of a folder saved by diffusers are those of an SDXL base."""
     what = _named(config)
-    try:
-        parts = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{what} has no readable model_index.json: {first_line(error)}") from error
+    parts = read_settings(folder / "model_index.json")
     for part, of_what in (("text_encoder_2", "Stable Diffusion 1 or 2"), ("text_encoder", "SDXL's refiner")):
         if not any(parts.get(part) or ()):
             raise ConfigError(f"{what} has no {part}, as {of_what}; choose an SDXL base")

@@ -5,13 +5,12 @@ A base that is not on disk is taken for SDXL. Torch is imported only to create a
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 from flatlora_diffusion.config import SDXL, ModelConfig
 from flatlora_diffusion.families.family import Sizes
-from flatlora_diffusion.families.paths import config_file
+from flatlora_diffusion.families.paths import config_file, read_settings
 
 TOKENS = 77  # of a prompt
 # The sizes of stabilityai/stable-diffusion-xl-base-1.0.
@@ -81,8 +80,7 @@ def part_settings(config: ModelConfig, part: str) -> dict[str, Any]:
     file = config_file(config, part)
     if file is None:
         return _SDXL[part]
-    settings: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-    return settings
+    return read_settings(file)
 
 
 def sizes(config: ModelConfig) -> Sizes:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -154,6 +156,33 @@ def test_without_a_base_a_file_is_of_the_klein_whose_names_and_shapes_it_has(tmp
     save_file({key: value.contiguous() for key, value in tensors.items()}, tmp_path / "lora.safetensors")
     with pytest.raises(ConfigError, match="for Flux"):
         import_lora(read_header(tmp_path / "lora.safetensors"), None)
+
+
+def test_a_file_of_double_blocks_alone_is_not_taken_for_another_model(tmp_path: Path) -> None:
+    whole = KleinFamily().on_meta(ModelConfig(KLEIN), "transformer")
+    name = "transformer_blocks.0.attn.add_k_proj"
+    layer = whole.get_submodule(name)
+    tensors = {
+        f"transformer.{name}.lora_A.weight": torch.ones(1, layer.in_features),
+        f"transformer.{name}.lora_B.weight": torch.ones(layer.out_features, 1),
+    }
+    save_file(tensors, tmp_path / "lora.safetensors")
+    assert import_lora(read_header(tmp_path / "lora.safetensors"), None).base.base == "FLUX.2 klein"
+
+
+def test_models_of_two_families_have_no_difference_to_extract(klein: Path, base: Path, capsys: Any) -> None:
+    for first, second in ((klein, base), (base, klein)):
+        assert main(["extract", "--base", str(first), "--tuned", str(second)]) == 2
+        assert f"tuned={str(second)!r} is " in capsys.readouterr().err
+
+
+def test_a_damaged_base_is_named_when_a_file_is_inspected(klein: Path, tmp_path: Path, capsys: Any) -> None:
+    save_file({"a.lora_A.weight": torch.ones(1, 1)}, tmp_path / "lora.safetensors")
+    shutil.copytree(klein, tmp_path / "klein")
+    for name in ("transformer/config.json", "model_index.json"):
+        (tmp_path / "klein" / name).write_text("{}x", encoding="utf-8")
+        assert main(["inspect", str(tmp_path / "lora.safetensors"), "--base", str(tmp_path / "klein")]) == 2
+        assert f"{Path(name)} is damaged (" in capsys.readouterr().err
 
 
 def test_fused_rows_that_cannot_be_divided_are_refused(klein: Path, tmp_path: Path) -> None:

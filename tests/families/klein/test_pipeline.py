@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import logging
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -166,8 +168,32 @@ def test_a_damaged_file_is_found_before_loading(tmp_path: Path) -> None:
         load_base(config, CPU, torch.float32)
 
 
+@pytest.mark.parametrize(
+    ("file", "name", "value"),
+    [
+        ("vae/config.json", "sample_size", "large"),
+        ("text_encoder/config.json", "num_hidden_layers", 12),
+    ],
+)
+def test_a_wrong_value_in_a_config_file_is_the_users_error(
+    file: str, name: str, value: object, klein: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(klein, tmp_path / "klein")
+    path = tmp_path / "klein" / file
+    path.write_text(json.dumps(json.loads(path.read_text(encoding="utf-8")) | {name: value}), encoding="utf-8")
+    with pytest.raises(ConfigError, match=r"pretrained_model_name_or_path=.*klein"):
+        load_base(ModelConfig(str(tmp_path / "klein")), CPU, torch.float32)
+
+
+def test_a_tokenizer_without_chat_template_is_refused(klein: Path, tmp_path: Path) -> None:
+    shutil.copytree(klein, tmp_path / "klein")
+    (tmp_path / "klein" / "tokenizer" / "chat_template.jinja").unlink()
+    with pytest.raises(ConfigError, match="no chat template"):
+        load_base(ModelConfig(str(tmp_path / "klein")), CPU, torch.float32)
+
+
 def test_every_setting_without_a_meaning_is_refused_by_name(klein: Path) -> None:
-    family, defaults = family_of(ModelConfig(str(klein))), TrainConfig().to_dict()
+    family, defaults = family_of(ModelConfig(str(klein))), {**TrainConfig().to_dict(), "guidance_rescale": None}
     for name, off in family.unsupported.items():
         assert defaults[name] == off
         with pytest.raises(ConfigError, match=f"--{name}"):

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from flatlora_diffusion.adapter.lora import add_lora
 from flatlora_diffusion.commands.command_line import main
-from flatlora_diffusion.config import AdapterConfig, ModelConfig, TrainConfig
+from flatlora_diffusion.config import AdapterConfig, ConfigError, ModelConfig, TrainConfig
 from flatlora_diffusion.families.batch import Batch
 from flatlora_diffusion.families.drawing import ImageSettings
 from flatlora_diffusion.families.klein.pipeline import load_klein
@@ -61,6 +61,14 @@ def test_a_resumed_run_equals_the_unbroken_one_bit_for_bit(settings: dict[str, A
     trained(settings, "resumed", **flat | {"max_train_steps": 2, "checkpointing_steps": 2})
     resumed = trained(settings, "resumed", **flat | {"checkpointing_steps": 2, "resume_from_checkpoint": "latest"})
     assert same(whole, resumed)
+
+
+def test_a_run_is_not_resumed_on_another_family(settings: dict[str, Any], base: Path) -> None:
+    settings |= {"checkpointing_steps": 1, "max_train_steps": 1}
+    trained(settings, "run", **settings)
+    other = {"resume_from_checkpoint": "latest", "pretrained_model_name_or_path": str(base)}
+    with pytest.raises(ConfigError, match="checkpoint-1 was made on another base than pretrained_model_name_or_path="):
+        trained(settings, "run", **other)
 
 
 def test_w_is_bit_equal_after_a_perturbed_step(klein: Path) -> None:

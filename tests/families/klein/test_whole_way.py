@@ -100,8 +100,33 @@ def test_defaults_of_an_image_are_those_of_the_base(tmp_path: Path, klein: Path,
     distilled = load_klein(ModelConfig(str(save_tiny_random_klein(tmp_path / "distilled", True))), CPU, torch.float32)
     generator = pictures.PictureGenerator(distilled, RESOLUTION, tmp_path)
     assert generator.passes_per_picture == 4, "four steps without guidance"
+    assert pictures.PictureGenerator(distilled, RESOLUTION, tmp_path, guidance=4.0).guidance == 1.0
     monkeypatch.setitem(INCLUDED_BASES, TINY_KLEIN, klein)
     assert load_klein(ModelConfig(TINY_KLEIN), CPU, torch.float32).steps_of(asked) == 25
+
+
+@pytest.mark.parametrize(
+    ("is_distilled", "flag", "value"),
+    [(False, "guidance_rescale", "0.7"), (True, "guidance_scale", "3.0"), (True, "negative_prompt", "'blur'")],
+)
+def test_settings_that_an_image_does_not_depend_on_are_refused_before_the_first(
+    is_distilled: bool, flag: str, value: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base = save_tiny_random_klein(tmp_path / "base", is_distilled)
+    given = ["--pretrained_model_name_or_path", str(base), f"--{flag}", value.strip("'")]
+    assert main(["generate", "--prompts", "a cup", "--output_dir", str(tmp_path / "out"), *given]) == 2
+    assert f"{flag}={value} " in capsys.readouterr().err
+    assert not list(tmp_path.glob("out/*"))
+
+
+def test_an_arm_that_does_not_fit_the_base_is_refused_before_any_training(
+    klein: Path, icons: Path, heldout: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    places = ["--instance_data_dir", str(icons), "--heldout_dir", str(heldout), "--output_dir", str(tmp_path / "out")]
+    flags = ["--arms", "lora", "lora:snr_gamma=5", "--max_train_steps", "2"]
+    assert main(["compare", "--pretrained_model_name_or_path", str(klein), *flags, *places]) == 2
+    assert "--arms lora:snr_gamma=5: snr_gamma=5.0 does not fit FLUX.2 klein" in capsys.readouterr().err
+    assert not list(tmp_path.glob("out/*/"))
 
 
 def test_flatness_is_measured(run: RunDir, klein: Path, icons: Path, heldout: Path, tmp_path: Path) -> None:
