@@ -227,7 +227,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if not options.only_write:
         _measure_all(study, subjects, options.groups)
     name = ("populations_second_style" if options.second_style else "populations") + of_base.replace("-", "_")
-    record.save(options.out / f"{name}.json", result(study, options.groups))
+    written = dict.fromkeys((*SUBJECTS_ON[options.base], *(subject.name for subject in subjects)))
+    record.save(options.out / f"{name}.json", result(study, [SUBJECTS[name] for name in written], options.groups))
 
 
 def _measure_all(study: Study, subjects: Sequence[Subject], groups: int) -> None:
@@ -242,10 +243,10 @@ def _measure_all(study: Study, subjects: Sequence[Subject], groups: int) -> None
         print(f"{done}/{len(left)} {subject.name}, group {group}: {means}; {rest:.0f} minutes left", flush=True)
 
 
-def result(study: Study, groups: int) -> dict[str, Any]:
-    """What is measured so far: losses in 10⁻⁵, less the base's, by subject, group, strength, list, icon and draw."""
+def result(study: Study, subjects: Sequence[Subject], groups: int) -> dict[str, Any]:
+    """The losses measured so far, in 10⁻⁵, less the base's, by subject, group, strength, list, icon and draw."""
     rows = []
-    for subject in SUBJECTS.values():
+    for subject in subjects:
         for group in range(groups):
             if study.is_measured(subject, group):
                 rows += [_saved(row) for row in study.rows(subject, group)]

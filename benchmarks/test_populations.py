@@ -51,6 +51,11 @@ def second_style() -> Study:
     return Study.read(FOLDER / "populations_second_style.json")
 
 
+@pytest.fixture(scope="module")
+def on_klein() -> Study:
+    return Study.read(FOLDER / "populations_klein.json")
+
+
 def interval(difference: CrossedDifference | None) -> tuple[float, float]:
     """The interval of a difference that has one."""
     assert difference is not None
@@ -159,8 +164,29 @@ def test_sam_in_some_steps_or_by_image_differs_only_on_the_unknown_as_the_page_s
                 assert known.low < 0 < known.high
 
 
-def test_the_page_has_the_tables_of_the_committed_figures(study: Study) -> None:
-    assert style_section(study, "3D icons") in PAGE.read_text(encoding="utf-8")
+def test_on_a_klein_the_average_is_better_and_strong_noise_worse_as_the_page_says(on_klein: Study) -> None:
+    known, unknown = POPULATIONS[:2], POPULATIONS[2]
+    assert len(on_klein.groups(AVERAGE)) == 5
+    average, flat, strong, sam = (
+        compared(on_klein, name, on_klein.groups(name))[0]
+        for name in (AVERAGE, "Flat-LoRA, paper", "Flat-LoRA 0.4", "SAM, rise 10 %")
+    )
+    assert all(interval(average[name].equal)[1] < 0 for name in POPULATIONS)
+    forgets = on_klein.reference(AVERAGE, FORGETTING, on_klein.groups(AVERAGE)).mean()
+    assert -average[FORGETTING].plain.mean / forgets == pytest.approx(0.2, abs=0.03)
+    for name in known:
+        assert interval(flat[name].equal)[0] < 0 < interval(flat[name].equal)[1]
+        assert interval(strong[name].equal)[0] > 0
+    assert interval(flat[unknown].equal)[1] < 0
+    assert interval(sam["known 200"].equal)[0] > 0
+    for name in ("known 615", unknown):
+        assert interval(sam[name].equal)[0] < 0 < interval(sam[name].equal)[1]
+
+
+def test_the_page_has_the_tables_of_the_committed_figures(study: Study, on_klein: Study) -> None:
+    page = PAGE.read_text(encoding="utf-8")
+    assert style_section(study, "3D icons") in page
+    assert style_section(on_klein, "3D icons on a FLUX.2 klein") in page
 
 
 def test_groups_share_no_seed_and_lists_no_icon(study: Study) -> None:
