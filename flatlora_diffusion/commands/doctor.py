@@ -131,7 +131,7 @@ def devices() -> Iterator[Finding]:
         fact = f"{torch.__version__} finds no GPU, though there is an NVIDIA driver"
         yield Finding("problem", "torch", fact, f"update the driver to one for CUDA {torch.version.cuda}")
     else:
-        remedy = "enough for the demo; real SDXL needs a GPU"
+        remedy = "enough for the demo; a real base needs a GPU"
         yield Finding("note", "torch", f"{torch.__version__} computes on the CPU", remedy)
 
 

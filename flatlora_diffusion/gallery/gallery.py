@@ -12,6 +12,7 @@ grid_01.png, grid_02.png, ...          instead of grid.png for more than 8 colum
 from __future__ import annotations
 
 import dataclasses
+import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
@@ -36,6 +37,8 @@ from flatlora_diffusion.lora_files.paths import LoraFile, parse_lora, unique_pat
 from flatlora_diffusion.storage.atomic_io import atomic_write, check_writable, file_sha256
 from flatlora_diffusion.storage.formatting import slug
 from flatlora_diffusion.storage.run_dir import LORA_FILE, RunDir
+
+logger = logging.getLogger(__name__)
 
 MAX_COLUMNS = 8
 
@@ -87,6 +90,7 @@ def generate(config: GenerateConfig) -> list[Path]:
     columns = [PromptColumn(number, prompt, seed) for number, prompt in enumerate(prompts, 1) for seed in config.seeds]
     check_writable(Path(config.output_dir), "output_dir")
     base, config = _load(config)
+    _warn_of_truncation(base, [*prompts, config.negative_prompt or ""])
     for files in {row.files: None for row in rows}:  # to report an incompatible file before the first image
         with loras_loaded(base.pipeline, files):
             pass
@@ -155,6 +159,16 @@ def _load(config: GenerateConfig) -> tuple[Base, GenerateConfig]:
         num_inference_steps=base.steps_of(asked),
         guidance_scale=guidance,
     )
+
+
+def _warn_of_truncation(base: Base, prompts: Sequence[str]) -> None:
+    for prompt in prompts:
+        if base.count_tokens(prompt) > base.max_tokens:
+            logger.warning(
+                "the prompt %r has more than %d tokens: the text after them is ignored; shorten it",
+                prompt,
+                base.max_tokens,
+            )
 
 
 def _new_folder(parent: Path) -> Path:

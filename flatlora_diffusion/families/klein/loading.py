@@ -15,7 +15,7 @@ from flatlora_diffusion.families.base_title import TINY_KLEIN_TITLE, title_with_
 from flatlora_diffusion.families.klein.labels import labels_of
 from flatlora_diffusion.families.klein.latents import decode_one_by_one
 from flatlora_diffusion.families.klein.shapes import native_size
-from flatlora_diffusion.families.paths import SETTING, base_path
+from flatlora_diffusion.families.paths import SETTING, base_path, read_settings
 from flatlora_diffusion.families.quantization import quantization_config
 from flatlora_diffusion.storage.formatting import first_line
 from flatlora_diffusion.storage.hub_errors import hub_is_reachable, loading_failure
@@ -25,6 +25,7 @@ logger = logging.getLogger(__name__)
 
 LAYERS = (9, 18, 27)  # of the text encoder, that the transformer reads
 _PARTS = ("transformer", "text_encoder", "vae")
+_CONFIGS = (*(f"{part}/config.json" for part in _PARTS), "tokenizer/tokenizer_config.json")
 # Of diffusers and transformers, for missing and damaged files and for wrong values in config files.
 _LOAD_ERRORS = (OSError, ValueError, TypeError, LookupError, AttributeError, SafetensorError, StrictDataclassError)
 
@@ -62,10 +63,15 @@ def load_pipeline(config: ModelConfig, device: torch.device, dtype: torch.dtype)
 
 
 def check_source(config: ModelConfig) -> None:
-    """Raise ConfigError for an invalid base, by paths and file headers only."""
+    """Raise ConfigError for an invalid base, by paths, config files and file headers only."""
     check_models(config)
+    folder = Path(base_path(config.pretrained_model_name_or_path))
+    for name in _CONFIGS if folder.is_dir() else ():
+        if not (folder / name).is_file():
+            raise ConfigError(f"{_named(config)} has no {name}; copy or download the base again")
+        read_settings(folder / name)
     for part in _PARTS:
-        for file in sorted(Path(base_path(config.pretrained_model_name_or_path), part).glob("*.safetensors")):
+        for file in sorted((folder / part).glob("*.safetensors")):
             try:
                 with safe_open(file, framework="pt"):
                     pass

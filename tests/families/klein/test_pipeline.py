@@ -160,6 +160,15 @@ def test_objectives_of_noise_prediction_are_refused_by_name(setting: str, value:
 def test_a_damaged_file_is_found_before_loading(tmp_path: Path) -> None:
     config = ModelConfig(str(save_tiny_random_klein(tmp_path)))
     family_of(config).check_source(config)
+    for name in ("vae/config.json", "tokenizer/tokenizer_config.json"):
+        content = (tmp_path / name).read_bytes()
+        (tmp_path / name).write_bytes(content[:-2])
+        with pytest.raises(ConfigError, match=f"{name} is damaged"):
+            family_of(config).check_source(config)
+        (tmp_path / name).unlink()
+        with pytest.raises(ConfigError, match=f"pretrained_model_name_or_path=.* has no {name}"):
+            family_of(config).check_source(config)
+        (tmp_path / name).write_bytes(content)
     file = tmp_path / "transformer" / "diffusion_pytorch_model.safetensors"
     file.write_bytes(file.read_bytes()[:-8])
     with pytest.raises(ConfigError, match="transformer"):

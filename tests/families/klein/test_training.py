@@ -161,13 +161,22 @@ def test_options_of_a_run_work_on_klein(more: dict[str, Any], settings: dict[str
 
 
 def test_commands_train_generate_and_inspect(
-    settings: dict[str, Any], klein: Path, tmp_path: Path, capsys: Any
+    settings: dict[str, Any], klein: Path, tmp_path: Path, capsys: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
     flags = [f"--{name}={value}" for name, value in settings.items() if name != "selfcheck"]
     assert main(["train", *flags]) == 0
     run = settings["output_dir"]
-    drawing = ["--prompts", "a cup", "--num_inference_steps", "1", "--output_dir", str(tmp_path / "images")]
+    drawing = [
+        "--prompts",
+        "a cup",
+        "a cup " * TOKENS,
+        "--num_inference_steps",
+        "1",
+        "--output_dir",
+        str(tmp_path / "images"),
+    ]
     assert main(["generate", "--pretrained_model_name_or_path", str(klein), "--lora", run, *drawing]) == 0
+    assert caplog.text.count(f"more than {TOKENS} tokens: the text after them is ignored") == 1
     assert (tmp_path / "images" / "001" / "grid.png").is_file()
     capsys.readouterr()
     assert main(["inspect", f"{run}/{LORA_FILE}", "--base", str(klein)]) == 0
