@@ -5,14 +5,16 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
 from flatlora_diffusion.adapter.delta import FOLD_RANK
 from flatlora_diffusion.config import ADAPTERS, TrainConfig
+from flatlora_diffusion.data.images import SIDECAR_SUFFIXES
 from flatlora_diffusion.families.device import DTYPES
 from flatlora_diffusion.families.registry import family_of
-from flatlora_diffusion.memory.estimate import missing_class_images, optimizer_bytes, resolution_of
+from flatlora_diffusion.memory.estimate import optimizer_bytes, resolution_of
 from flatlora_diffusion.memory.meta_step import TrainedModel, trained_shapes, weight_count
 
 PIXEL = 1.6  # bytes per pixel of a PNG
@@ -57,8 +59,13 @@ def run_bytes(config: TrainConfig, checkpoints: int) -> int:
 
 def class_images_need(config: TrainConfig) -> int:
     """Return the bytes of the class images that are missing."""
-    missing = missing_class_images(config.data)
-    return int(missing * PIXEL * resolution_of(config) ** 2) if missing else 0
+    data = config.data
+    if not data.with_prior_preservation:
+        return 0
+    folder = Path(str(data.class_data_dir))
+    files = [path.name for path in folder.iterdir() if path.is_file()] if folder.is_dir() else []
+    images = sum(not name.startswith(".") and not name.lower().endswith(SIDECAR_SUFFIXES) for name in files)
+    return int(max(0, data.num_class_images - images) * PIXEL * resolution_of(config) ** 2)
 
 
 def _copies_of_method(config: TrainConfig) -> int:

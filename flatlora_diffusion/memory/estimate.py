@@ -15,7 +15,6 @@ import torch
 from flatlora_diffusion.config import (
     ADAPTERS,
     METHODS,
-    DataConfig,
     OptimConfig,
     PerturbConfig,
     Quantization,
@@ -223,7 +222,10 @@ def _less_training(config: TrainConfig) -> Iterator[tuple[str, dict[str, Any]]]:
 def _class_images(config: TrainConfig, passes: StepBytes, resolution: int) -> int:
     """Return the bytes while class images are generated; 0 if there are enough of them."""
     data, model = config.data, dataclasses.replace(config.model, offload=False, quantize_base=None)
-    if not missing_class_images(data):
+    if not data.with_prior_preservation:
+        return 0
+    folder = Path(str(data.class_data_dir))
+    if folder.is_dir() and len(find_images(folder)[0]) >= data.num_class_images:
         return 0
     dtype = DTYPES[data.prior_generation_precision or "fp16"]
     vae_precision = family_of(model).vae_dtype(model, dtype)
@@ -235,15 +237,6 @@ def _class_images(config: TrainConfig, passes: StepBytes, resolution: int) -> in
     if config.model.is_unet_last:  # the models are moved to the device one by one
         return CONTEXT_BYTES + max(encoders, denoiser + sampling, vae + decoding)
     return CONTEXT_BYTES + encoders + denoiser + vae + max(sampling, decoding)
-
-
-def missing_class_images(data: DataConfig) -> int:
-    """Return the number of class images to be generated."""
-    if not data.with_prior_preservation:
-        return 0
-    folder = Path(str(data.class_data_dir))
-    present = len(find_images(folder, only_headers=True)[0]) if folder.is_dir() else 0
-    return max(0, data.num_class_images - present)
 
 
 def resolution_of(config: TrainConfig) -> int:
