@@ -277,9 +277,6 @@ def test_a_running_training_says_what_it_is_busy_with(tmp_path: Path) -> None:
     assert phase() == LOADING
     launch.log_file.write_text("23 images\nthe base is SDXL: epsilon (by its scheduler)\n")
     assert phase() == CACHING
-    with launch.log_file.open("a") as log:
-        log.write("fold 1 of 3: trains on 2 images, 1 are held out\nfold 2 of 3: trains on 2 images, 1 are held out\n")
-    assert phase() == "finding the number of steps: fold 2 of 3"
     launch.log_file.write_text("member 1 of 3: trains with seed 0\nmember 2 of 3: trains with seed 7\n")
     assert phase() == "training member 2 of 3"
     assert phase(has_begun=True) == PREVIEWS
