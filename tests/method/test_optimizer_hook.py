@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 from forked import KIND, ended
 from lora_by_hand import lora_layers
+from one_process_ddp import in_ddp
 from safetensors.torch import load_file, save_file
 from tiny_models import Adapter, Case, llama_case, toy_case
 from torch import Tensor, nn
@@ -169,19 +170,12 @@ def test_accelerates_optimizer_is_followed_through_accumulation() -> None:
     assert are_equal(case, expected)
 
 
-@pytest.fixture
-def one_process() -> Iterator[None]:
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
-
-
-@pytest.mark.usefixtures("one_process")
 def test_a_model_inside_ddp_trains_the_same() -> None:
     expected, case = toy_case(), toy_case()
     train_by_hand(expected, 3)
     _, optimizer = followed(case)
-    train(case, optimizer, 3, model=DistributedDataParallel(case.model))
+    with in_ddp(case.model) as model:
+        train(case, optimizer, 3, model=model)
     assert are_equal(case, expected)
 
 
@@ -191,7 +185,8 @@ def _one_of_two(rank: int, folder: Path) -> None:
     case = toy_case()
     mine = Case(case.model, lambda model: case.predict(model)[rank : rank + 1], case.target[rank : rank + 1])
     _, optimizer = followed(mine)
-    train(mine, optimizer, 3, model=DistributedDataParallel(case.model))
+    model = DistributedDataParallel(case.model)  # not freed before the process ends: see one_process_ddp.py
+    train(mine, optimizer, 3, model=model)
     save_file({str(place): value for place, value in enumerate(weights(mine))}, folder / f"{rank}.safetensors")
     os._exit(0)  # not through pytest's own ends
 

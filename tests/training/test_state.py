@@ -7,9 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate.utils import DistributedType
+from one_process_ddp import in_ddp
 from tiny_runs import samples_of, trained
-from torch import distributed
-from torch.nn.parallel import DistributedDataParallel
 
 from flatlora_diffusion.adapter.layers import lora_layers
 from flatlora_diffusion.config import ConfigError, TrainConfig
@@ -101,10 +100,7 @@ def test_launchers_that_shard_the_base_are_refused() -> None:
 def test_several_processes_send_no_weights_of_a_quantized_base(config: TrainConfig) -> None:
     pytest.importorskip("torchao")
     state = prepare(config.replace(quantize_base="torchao-int8"), samples_of(config))
-    distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
-    try:
-        object.__setattr__(state, "model", DistributedDataParallel(state.model))
+    with in_ddp(state.model) as model:
+        object.__setattr__(state, "model", model)
         train_step(state, step=0)
-    finally:
-        distributed.destroy_process_group()
     assert all(parameter.any() for name, parameter in state.trainable.items() if "lora_B" in name), "nothing learned"
