@@ -48,7 +48,7 @@ logger = logging.getLogger(__name__)
 
 
 class ComparisonResult(TypedDict):
-    """The contents of compare.json: arms by their keys; there the seeds and strengths are text."""
+    """The contents of compare.json, with arms by their keys; in the file, seeds and strengths are text."""
 
     settings: dict[str, Any]
     arms: list[dict[str, Any]]
